@@ -1,0 +1,71 @@
+# `make train` and `make test` set everything up in .venv first; they need Python 3.11 to 3.13 and g++.
+#
+#   make train ARGS="--algorithm grpo"     options of `agentropy train`
+#   make test ARGS="-k tree"               options of pytest
+#   make setup PYTHON=python3.12           another interpreter
+#
+# On Linux the PyPI build of torch brings CUDA. For the smaller CPU build:
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make setup
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+BUSY := $(VENV)/.installing
+
+supported = sys.version_info >= (3, 11)
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(not ($(supported) and sys.version_info < (3, 14)))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+# A waiting thread yields its core: several processes share the cores.
+export OMP_WAIT_POLICY ?= passive
+export TOKENIZERS_PARALLELISM ?= false
+# fast-downward-textworld builds with whichever CMake pip fetches; CMake 4 refuses its old policies otherwise.
+export CMAKE_POLICY_VERSION_MINIMUM ?= 3.5
+
+.PHONY: train test lint types setup clean
+
+train: $(STAMP)
+	@$(BIN)/agentropy train $(ARGS)
+
+# All three run even when one fails, so that one run shows everything.
+test: $(STAMP)
+	@failed=; \
+	$(MAKE) --no-print-directory lint || failed="$$failed lint"; \
+	$(MAKE) --no-print-directory types || failed="$$failed types"; \
+	$(BIN)/python -m pytest -q $(ARGS) || failed="$$failed pytest"; \
+	test -z "$$failed" || { echo "make test failed in:$$failed" >&2; exit 1; }
+
+lint: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	@mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/agentropy
+	@$(BIN)/mypy --cache-dir $(VENV)/mypy
+
+setup: $(STAMP)
+
+# An interrupted installation leaves BUSY behind, and the next one starts afresh.
+$(STAMP): pyproject.toml constraints.txt
+	@python="$(PYTHON)"; \
+	fail() { echo "agentropy: $$1" >&2; exit 1; }; \
+	test -n "$$python" || fail "no Python 3.11, 3.12 or 3.13 found; install one (sudo apt install python3) or name it: make PYTHON=/path/to/python"; \
+	$$python -c 'import sys; sys.exit(not ($(supported)))' 2>/dev/null \
+		|| fail "$$python is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python"; \
+	$$python -c 'import venv, ensurepip' 2>/dev/null \
+		|| fail "$$python cannot make virtual environments; install its venv module: sudo apt install $${python##*/}-venv"; \
+	command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null \
+		|| fail "no C++ compiler found, and ALFWorld's planner is built from source; install one: sudo apt install g++"; \
+	if test -e $(BUSY) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+		rm -rf $(VENV) && mkdir $(VENV) && touch $(BUSY) && $$python -m venv $(VENV) || exit 1; \
+	fi; \
+	rm -f $@ && touch $(BUSY); \
+	echo "agentropy: installing into $(VENV) (some minutes, once)"; \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]' \
+		|| fail "the installation failed for the reason above; run make again once it is mended"
+	@mv $(BUSY) $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

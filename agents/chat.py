@@ -1,0 +1,140 @@
+"""The format of pretrained models: turns of their own chat template.
+
+- ``ChatFormat``: system prompt, observations as user turns, actions as assistant turns, thinking optional.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from .messages import History, Info, ParsedAction, admissible
+
+SYSTEM = "You act in a text world to complete a task. Each user message is what you observe."
+ANSWER = "Answer with one command and nothing else."
+ANSWER_THINK = (
+    "First reason step by step inside <think> </think>, "
+    "then give one command inside <action> </action>, and nothing after it."
+)
+
+_ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
+_TAG = re.compile(r"</?(?:think|action)>")
+
+
+class ChatFormat:
+    """Turns of the tokenizer's chat template, each tokenised once.
+
+    A dummy conversation goes through the template when the object is made; what stands between its messages
+    is what every later message is wrapped in. The text after the end token of an assistant turn belongs to
+    the observation that follows. Special tokens inside observations are broken up, so that a world cannot
+    close a turn.
+
+    Args:
+        tokenizer: its chat template must end an assistant turn with a special token (ChatML, Llama 3, …).
+        system: the system prompt; folded into the first user turn where the template has no system role.
+        think: ask for ``<think>…</think><action>…</action>``, as verl-agent does, not for the bare command.
+        show_admissible: list the admissible commands after every observation.
+
+    Raises:
+        UsageError: there is no chat template, or it has no end token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        system: str = SYSTEM,
+        think: bool = False,
+        show_admissible: bool = False,
+    ) -> None:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UsageError("the chat format needs a tokenizer with a chat template; use the format 'plain'")
+        self._tokenizer = tokenizer
+        self._think = think
+        self._show_admissible = show_admissible
+        self.stop_strings: tuple[str, ...] = ("</action>",) if think else ()
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        special.update(tokenizer.all_special_tokens)
+        self._special = re.compile(
+            "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
+        )
+
+        first, action, second = "first-observation", "first-action", "second-observation"
+        opening = [{"role": "user", "content": first}]
+        instruction = f"{system}\n{ANSWER_THINK if think else ANSWER}"
+        try:
+            opening = [{"role": "system", "content": instruction}, *opening]
+            start = self._render(opening)
+        except TemplateError:
+            opening = [{"role": "user", "content": f"{instruction}\n\n{first}"}]
+            start = self._render(opening)
+        whole = self._render(
+            [*opening, {"role": "assistant", "content": action}, {"role": "user", "content": second}]
+        )
+        self._before, self._after = start.split(first)
+        between, self._suffix = whole.split(action)[1].split(second)
+        end = self._special.search(between)
+        if end is None or between[: end.start()].strip():
+            raise UsageError("this chat template cannot be used: no special token ends an assistant turn")
+        self._end_text, self._between = end[0], between[end.end() :]
+        self._end: int = tokenizer.vocab[end[0]]
+        others: set[int] = {tokenizer.eos_token_id} - {None, self._end}
+        self.stop_token_ids: tuple[int, ...] = (self._end, *others)
+        self._encode = lru_cache(maxsize=1 << 14)(self._tokenise)
+
+    def prompt(self, observation: str, info: Info) -> list[int]:
+        return list(self._encode(self._before, self._user(observation, info), self._after))
+
+    def observation(self, text: str, info: Info, *, closed: bool = True) -> list[int]:
+        before = self._between if closed else self._end_text + self._between
+        return list(self._encode(before, self._user(text, info), self._suffix))
+
+    def window(self, history: History, observation: str, info: Info) -> list[int]:
+        lines = [f"Your task is to: {info['goal']}"]
+        if history:
+            lines.append(f"The last {len(history)} turns:")
+            for seen, command in history:
+                lines += [f"Observation: {seen.strip()}", f"Action: {command}"]
+        lines.append(f"Observation: {observation.strip()}")
+        return self.prompt("\n".join(lines), info)
+
+    def render_action(self, command: str) -> list[int]:
+        text = f"<action>{command}</action>" if self._think else command
+        return [*self._encode("", text, ""), self._end]
+
+    def parse(self, token_ids: Sequence[int]) -> ParsedAction:
+        ids = [int(token) for token in token_ids]
+        closed = bool(ids) and ids[-1] == self._end
+        text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        lines = [line for line in _TAG.sub("\n", text).splitlines() if line.strip()]
+        if not self._think:
+            command = lines[0].strip() if lines else ""
+            return ParsedAction(command, bool(command), closed, text)
+        found = _ACTION.findall(text)
+        command = " ".join(found[-1].split()) if found else ""
+        valid = bool(command)
+        return ParsedAction(command if valid else (lines[-1].strip() if lines else ""), valid, closed, text)
+
+    def _user(self, text: str, info: Info) -> str:
+        text = text.strip()
+        if self._show_admissible:
+            text += "\nAdmissible commands:\n" + "\n".join(admissible(info))
+        return text
+
+    def _tokenise(self, before: str, content: str, after: str) -> tuple[int, ...]:
+        safe = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", content)
+        return tuple(self._tokenizer.encode(before + safe + after, add_special_tokens=False))
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        # Llama 3 writes today's date unless it is given one: the same run must give the same tokens tomorrow.
+        options: dict[str, Any] = {"enable_thinking": self._think, "date_string": "26 Jul 2024"}
+        text = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **options
+        )
+        return str(text)

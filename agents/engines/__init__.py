@@ -1,0 +1,9 @@
+"""Generation engines: functions of token ids that share one protocol.
+
+- ``base``: requests, completions and the ``Engine`` protocol; loads no torch.
+- ``torch_engine``: the built-in engine, for any causal language model of transformers.
+"""
+
+from .base import Completion, Engine, EngineStats, Request, SamplingParams, StopReason
+
+__all__ = ["Completion", "Engine", "EngineStats", "Request", "SamplingParams", "StopReason"]

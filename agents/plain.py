@@ -1,0 +1,101 @@
+"""The format of small models: marker tokens around observations and commands.
+
+- ``PlainFormat``: ``<bos> <obs> text <act> command <end> <obs> text <act> …`` in words.
+- ``FILLER``: the words it leaves out of observations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import UsageError
+from .messages import History, Info, ParsedAction, admissible
+from .tokenizer import ACT, BOS, END, OBS, SPECIAL_TOKENS
+
+FILLER = frozenset({"a", "an", "the", "and", "you", "your", "see", "is", "are", ",", ".", ":", "\n"})
+"""Words whose absence leaves an observation unambiguous; about half of ALFWorld's text."""
+
+
+class PlainFormat:
+    """Observations and commands between marker tokens, for the tokenizer of ``build_word_tokenizer``.
+
+    Args:
+        tokenizer: must know the markers ``<bos> <obs> <act> <end>`` and the newline.
+        compact: leave ``FILLER`` out of observations. Node texts keep it.
+        show_admissible: end every observation with the admissible commands, one per line.
+
+    Raises:
+        UsageError: the tokenizer lacks a marker.
+    """
+
+    stop_strings: tuple[str, ...] = ()
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, compact: bool = True, show_admissible: bool = False
+    ) -> None:
+        vocabulary = tokenizer.get_vocab()
+        missing = [word for word in (*SPECIAL_TOKENS, "\n") if word not in vocabulary]
+        if missing:
+            raise UsageError(
+                f"the plain format needs a tokenizer of build_word_tokenizer, and this one lacks {missing}; "
+                "use the format 'chat' for a pretrained model"
+            )
+        self._bos, self._obs, self._act, self._end = (vocabulary[word] for word in (BOS, OBS, ACT, END))
+        self._newline = vocabulary["\n"]
+        self._words = {
+            index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")
+        }
+        self._show_admissible = show_admissible
+        self.stop_token_ids = (self._end,)
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+        backend.encode_special_tokens = True  # a world that says "<end>" must not end a message
+        dropped = (
+            frozenset(vocabulary[word] for word in FILLER if word in vocabulary) if compact else frozenset()
+        )
+        self._encode = _cached_encoder(backend, dropped)
+        self._encode_command = _cached_encoder(backend, frozenset())
+
+    def prompt(self, observation: str, info: Info) -> list[int]:
+        return [self._bos, *self.observation(observation, info)]
+
+    def observation(self, text: str, info: Info, *, closed: bool = True) -> list[int]:
+        opening = (self._obs,) if closed else (self._end, self._obs)
+        return [*opening, *self._encode(text), *self._choices(info), self._act]
+
+    def window(self, history: History, observation: str, info: Info) -> list[int]:
+        tokens = [self._bos, *self._encode(info["goal"])]
+        for seen, command in history:
+            tokens += [self._obs, *self._encode(seen), self._act, *self.render_action(command)]
+        return tokens + self.observation(observation, info)
+
+    def render_action(self, command: str) -> list[int]:
+        return [*self._encode_command(command), self._end]
+
+    def parse(self, token_ids: Sequence[int]) -> ParsedAction:
+        ids = [int(token) for token in token_ids]
+        closed = bool(ids) and ids[-1] == self._end
+        body = ids[:-1] if closed else ids
+        words = [self._words[token] for token in body if token in self._words]
+        text = " ".join(words)
+        valid = bool(words) and len(words) == len(body)
+        return ParsedAction(text, valid, closed, text)
+
+    def _choices(self, info: Info) -> Iterable[int]:
+        if not self._show_admissible:
+            return
+        for command in admissible(info):
+            yield self._newline
+            yield from self._encode_command(command)
+
+
+def _cached_encoder(backend: Tokenizer, dropped: frozenset[int]) -> Callable[[str], tuple[int, ...]]:
+    @lru_cache(maxsize=1 << 16)
+    def encode(text: str) -> tuple[int, ...]:
+        ids = backend.encode(text, add_special_tokens=False).ids
+        return tuple(token for token in ids if token not in dropped)
+
+    return encode

@@ -1,0 +1,173 @@
+"""Who plays: policies answer a batch of contexts with one action each.
+
+- ``Context``, ``Act``: what a policy is given and gives.
+- ``Policy``: the protocol.
+- ``EnginePolicy``: a language model behind an engine.
+- ``ExpertPolicy``: the environment's own expert, with optional noise, for demonstrations.
+- ``RandomPolicy``: admissible commands at random, the floor that every result is compared with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import UsageError
+from .engines.base import Engine, Request, SamplingParams
+from .messages import Format, Info, ParsedAction, admissible
+from .tree import Float32Array, Int32Array
+
+_NOTHING: Float32Array = np.empty(0, np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One turn of one episode, waiting for an action."""
+
+    tokens: Int32Array
+    """Everything the model reads, ``[L]``."""
+    seed: int
+    """64 bits that depend on the task's seed, the member and the turn, and on nothing else."""
+    turn: int
+    observation: str
+    info: Info
+    """The environment's ``info`` after the last step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """One action. No tokens at all means that the context has no room for any."""
+
+    tokens: Int32Array
+    parsed: ParsedAction
+    sampled: bool
+    """Whether these tokens are what the policy would be trained on."""
+    logprobs: Float32Array = field(default_factory=lambda: _NOTHING)
+    """One per token where ``sampled``, else empty; likewise ``entropies``."""
+    entropies: Float32Array = field(default_factory=lambda: _NOTHING)
+    version: int = 0
+
+
+class Policy(Protocol):
+    """Chooses actions. The answer to a context must not depend on what else is in the batch."""
+
+    @property
+    def max_action_tokens(self) -> int:
+        """Room that a context must leave."""
+        ...
+
+    def act(self, contexts: Sequence[Context]) -> list[Act]:
+        """One action per context, in order."""
+        ...
+
+    def release(self, finished: Sequence[Int32Array]) -> None:
+        """Hear that these token sequences, each up to its last action, will not be continued."""
+        ...
+
+
+class EnginePolicy:
+    """Samples actions from a language model.
+
+    Args:
+        engine: generates the tokens.
+        format: says where an action ends and what command it holds.
+        sampling: temperature and filters; the format's stops are added to its own.
+        max_action_tokens: longest action.
+    """
+
+    def __init__(
+        self, engine: Engine, format: Format, sampling: SamplingParams, *, max_action_tokens: int
+    ) -> None:
+        self.engine = engine
+        self.max_action_tokens = max_action_tokens
+        self._format = format
+        self._sampling = replace(
+            sampling,
+            stop_token_ids=tuple(dict.fromkeys((*format.stop_token_ids, *sampling.stop_token_ids))),
+            stop_strings=tuple(dict.fromkeys((*format.stop_strings, *sampling.stop_strings))),
+        )
+
+    def act(self, contexts: Sequence[Context]) -> list[Act]:
+        requests = [Request(context.tokens, context.seed, self.max_action_tokens) for context in contexts]
+        return [
+            Act(
+                tokens=completion.tokens,
+                parsed=self._format.parse(completion.tokens.tolist()),
+                sampled=True,
+                logprobs=completion.logprobs,
+                entropies=completion.entropies,
+                version=completion.version,
+            )
+            for completion in self.engine.generate(requests, self._sampling)
+        ]
+
+    def release(self, finished: Sequence[Int32Array]) -> None:
+        # The last token of an action was sampled and never read: what an engine may hold ends before it.
+        self.engine.release([tokens[:-1] for tokens in finished if len(tokens) > 1])
+
+
+class ExpertPolicy:
+    """Plays ``info["expert"]``; its actions count as sampled with probability one, so they are trained on.
+
+    Args:
+        format: renders the commands.
+        noise: probability that a turn plays a random admissible command instead, in [0, 1]. Such actions are
+            not marked as sampled: the expert's way back is learned, the mistake is not.
+        max_action_tokens: room that a context must leave.
+    """
+
+    def __init__(self, format: Format, *, noise: float = 0.0, max_action_tokens: int = 32) -> None:
+        if not 0.0 <= noise <= 1.0:
+            raise UsageError(f"expert noise {noise} is no probability; expected 0 to 1")
+        self.max_action_tokens = max_action_tokens
+        self._format = format
+        self._noise = noise
+
+    def act(self, contexts: Sequence[Context]) -> list[Act]:
+        return [self._one(context) for context in contexts]
+
+    def release(self, finished: Sequence[Int32Array]) -> None:
+        pass
+
+    def _one(self, context: Context) -> Act:
+        if "expert" not in context.info:
+            raise UsageError("this environment names no expert action; make it with expert_info=True")
+        command = context.info["expert"]
+        generator = np.random.default_rng(context.seed) if self._noise or command is None else None
+        if generator is not None and (command is None or generator.random() < self._noise):
+            return _said(self._format, _any_admissible(context, generator), sampled=False)
+        return _said(self._format, command, sampled=True)
+
+
+class RandomPolicy:
+    """Plays an admissible command, each equally likely; nothing it does counts as sampled."""
+
+    def __init__(self, format: Format, *, max_action_tokens: int = 32) -> None:
+        self.max_action_tokens = max_action_tokens
+        self._format = format
+
+    def act(self, contexts: Sequence[Context]) -> list[Act]:
+        return [
+            _said(self._format, _any_admissible(context, np.random.default_rng(context.seed)), sampled=False)
+            for context in contexts
+        ]
+
+    def release(self, finished: Sequence[Int32Array]) -> None:
+        pass
+
+
+def _any_admissible(context: Context, generator: np.random.Generator) -> str:
+    commands = admissible(context.info)
+    return commands[int(generator.integers(len(commands)))]
+
+
+def _said(format: Format, command: str, *, sampled: bool) -> Act:
+    tokens = np.asarray(format.render_action(command), np.int32)
+    parsed = ParsedAction(command, valid=True, closed=True, text=command)
+    if not sampled:
+        return Act(tokens, parsed, sampled=False)
+    certain = np.zeros(len(tokens), np.float32)
+    return Act(tokens, parsed, sampled=True, logprobs=certain, entropies=certain)

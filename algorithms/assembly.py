@@ -1,0 +1,134 @@
+"""The parts of a run, built from its configuration.
+
+- ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``open_world``, ``prepare_device``.
+- ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..agents.engines.base import Engine, SamplingParams
+from ..agents.engines.torch_engine import TorchEngine
+from ..agents.formats import make_format
+from ..agents.messages import Format
+from ..agents.models import build_small_model, load_model
+from ..agents.policies import EnginePolicy
+from ..agents.tokenizer import build_word_tokenizer
+from ..config import EnvConfig, RunConfig, SmallModelConfig
+from ..envs.pool import EnvPool
+from ..errors import UsageError
+
+
+@dataclass(frozen=True)
+class Agent:
+    """What acts: a language model, its tokenizer, and how observations and actions are written for it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    format: Format
+
+
+def prepare_device(config: RunConfig) -> torch.device:
+    """The device that the configuration names, with torch's threads set.
+
+    Raises:
+        UsageError: ``cuda`` is asked for and absent.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device 'cuda' is not available here; use --device cpu, or see `agentropy doctor`")
+    torch.set_num_threads(config.threads or os.cpu_count() or 1)
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(config.device)
+
+
+def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
+    """One environment of the configured world, unwrapped.
+
+    Raises:
+        UsageError: the id is not registered, or an argument is not the world's.
+    """
+    try:
+        return gymnasium.make(config.id, split=split, disable_env_checker=True, **config.kwargs).unwrapped
+    except gymnasium.error.UnregisteredEnv as error:
+        raise UsageError(f"env.id: {error}") from error
+    except TypeError as error:
+        raise UsageError(f"env.kwargs: {error}") from error
+
+
+def make_pool(config: EnvConfig, split: str, num_envs: int, **kwargs: Any) -> EnvPool:
+    """``num_envs`` slots of the configured world on ``config.workers`` processes."""
+    workers = min(config.workers or os.cpu_count() or 1, num_envs)
+    return EnvPool(config.id, {"split": split, **config.kwargs, **kwargs}, num_envs=num_envs, num_workers=workers)
+
+
+def select_tasks(tasks: Sequence[str], count: int | None) -> tuple[str, ...]:
+    """``count`` of the tasks, evenly spaced over the given order; all of them when ``count`` is None or larger."""
+    if count is None or count >= len(tasks):
+        return tuple(tasks)
+    return tuple(tasks[index * len(tasks) // count] for index in range(count))
+
+
+def new_agent(config: RunConfig, device: torch.device) -> Agent:
+    """The model that a run starts from.
+
+    Raises:
+        UsageError: the model is not to be had, or the world cannot tell its vocabulary to the small model.
+    """
+    if isinstance(config.model, SmallModelConfig):
+        world = open_world(config.env, config.env.train_split)
+        lexicon = getattr(world, "lexicon", None)
+        if lexicon is None:
+            raise UsageError(
+                f"'{config.env.id}' has no lexicon() from which to build the small model's vocabulary; "
+                "name a pretrained model instead: --model NAME_OR_PATH"
+            )
+        tokenizer = build_word_tokenizer(lexicon())
+        world.close()
+        model = build_small_model(
+            len(tokenizer),
+            hidden=config.model.hidden,
+            layers=config.model.layers,
+            heads=config.model.heads,
+            intermediate=config.model.intermediate,
+            max_positions=config.model.max_positions,
+            seed=config.seed,
+        )
+    else:
+        model, tokenizer = load_model(config.model.path, dtype=config.model.dtype, device=device)
+    return Agent(model.to(device), tokenizer, make_format(config.agent.format, tokenizer))
+
+
+def load_agent(config: RunConfig, checkpoint: Path | str, device: torch.device) -> Agent:
+    """The model of a checkpoint folder, or of the hub."""
+    dtype = "float32" if isinstance(config.model, SmallModelConfig) else config.model.dtype
+    model, tokenizer = load_model(checkpoint, dtype=dtype, device=device)
+    return Agent(model.to(device), tokenizer, make_format(config.agent.format, tokenizer))
+
+
+def make_engine(agent: Agent) -> TorchEngine:
+    """The built-in engine, sharing the agent's weights in place."""
+    return TorchEngine(agent.model, agent.tokenizer)
+
+
+def engine_policy(agent: Agent, engine: Engine, config: RunConfig, temperature: float) -> EnginePolicy:
+    """The policy that samples from ``engine`` as the configuration says, at ``temperature``."""
+    options = config.agent
+    params = SamplingParams(temperature=temperature, top_k=options.top_k, top_p=options.top_p)
+    return EnginePolicy(engine, agent.format, params, max_action_tokens=options.max_action_tokens)
+
+
+def seed_from(*words: int) -> int:
+    """A 63-bit seed that depends on every word and on their order."""
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,150 @@
+"""Success on a fixed panel of tasks, with its interval.
+
+- ``evaluate``: play every task of a panel once. ``Evaluation``: what came of it.
+- ``evaluate_checkpoint``: the command ``agentropy eval``. ``panel_of``: the panel that a configuration names.
+- ``summarise``: success, turns and entropy of any trees.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..agents.messages import Format
+from ..agents.policies import Policy
+from ..agents.rollout import Progress, RolloutTask, rollout
+from ..agents.tree import Trajectory, Tree
+from ..config import RunConfig
+from .assembly import engine_policy, load_agent, make_engine, make_pool, open_world, prepare_device, seed_from
+from .runs import write_atomically
+from .stats import Proportion, panel_hash
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Outcome of one pass over a panel.
+
+    A task whose world failed counts as not won, and ``failed`` says how many did.
+    ``families`` groups tasks by the part of their id before the first dash (ALFWorld's six task types).
+    """
+
+    split: str
+    panel: str
+    success: Proportion
+    families: dict[str, Proportion]
+    turns: float
+    score: float
+    entropy: float
+    failed: int
+    trees: tuple[Tree, ...]
+
+    def metrics(self) -> dict[str, Any]:
+        """The row for ``metrics.jsonl``."""
+        low, high = self.success.interval
+        return {
+            "split": self.split,
+            "panel": self.panel,
+            "success/rate": self.success.rate,
+            "success/low": low,
+            "success/high": high,
+            "success/wins": self.success.successes,
+            "success/tasks": self.success.trials,
+            **{f"success/{name}": value.rate for name, value in self.families.items()},
+            "turns": self.turns,
+            "score": self.score,
+            "entropy/action_mean": self.entropy,
+            "env/failed": self.failed,
+        }
+
+
+def panel_of(config: RunConfig, split: str) -> tuple[str, ...]:
+    """The first ``config.eval.tasks`` ids of the sorted split, or all of them."""
+    world = open_world(config.env, split)
+    tasks = tuple(sorted(world.tasks(split)))  # type: ignore[attr-defined]
+    world.close()
+    return tasks[: config.eval.tasks]
+
+
+def evaluate(
+    policy: Policy,
+    format: Format,
+    config: RunConfig,
+    split: str,
+    tasks: Sequence[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> Evaluation:
+    """Play every task once; seeds depend on ``config.eval.seed`` and the task's id only."""
+    panel = [RolloutTask(task, 1, seed_from(config.eval.seed, zlib.crc32(task.encode()))) for task in tasks]
+    with make_pool(config.env, split, min(config.eval.batch, len(tasks))) as pool:
+        trees = rollout(
+            policy,
+            pool,
+            format,
+            panel,
+            context=config.agent.context,
+            window=config.agent.window,
+            max_context_tokens=config.agent.max_context_tokens,
+            split=split,
+            progress=progress,
+        )
+    return summarise(trees, split, panel_hash(tasks))
+
+
+def evaluate_checkpoint(config: RunConfig, path: str, split: str, *, out: str | None = None) -> Evaluation:
+    """Evaluate a checkpoint or hub model on ``split``, print the result, and write it to ``out`` as JSON."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    tasks = panel_of(config, split)
+    device = prepare_device(config)
+    agent = load_agent(config, path, device)
+    engine = make_engine(agent)
+    console.print(f"panel {panel_hash(tasks)}: {len(tasks)} tasks of {split}, temperature {config.eval.temperature:g}")
+    with console.status("playing …") as status:
+        result = evaluate(
+            engine_policy(agent, engine, config, config.eval.temperature),
+            agent.format,
+            config,
+            split,
+            tasks,
+            progress=lambda count: status.update(f"{count.episodes}/{count.total} tasks"),
+        )
+    for name, success in result.families.items():
+        console.print(f"  {name:32} {success}  ({success.trials} tasks)")
+    failed = f", {result.failed} with a failed world" if result.failed else ""
+    console.print(f"success {result.success} on {len(tasks)} tasks, {result.turns:.1f} turns{failed}", style="bold")
+    if out is not None:
+        write_atomically(Path(out), json.dumps({"model": path, **result.metrics()}, indent=2).encode())
+    return result
+
+
+def summarise(trees: Sequence[Tree], split: str, panel: str = "") -> Evaluation:
+    """Success, turns and entropy over every trajectory of ``trees``."""
+    episodes = [trajectory for tree in trees for trajectory in tree.trajectories]
+    families: dict[str, list[Trajectory]] = defaultdict(list)
+    for tree in trees:
+        families[tree.task.split("-", 1)[0]] += tree.trajectories
+    entropies = [node.entropies for tree in trees for node in tree.nodes if node.sampled and len(node.entropies)]
+    return Evaluation(
+        split=split,
+        panel=panel,
+        success=_proportion(episodes),
+        families={name: _proportion(families[name]) for name in sorted(families)},
+        turns=float(np.mean([episode.turns for episode in episodes])),
+        score=float(np.mean([episode.score for episode in episodes])),
+        entropy=float(np.concatenate(entropies).mean(dtype=np.float64)) if entropies else 0.0,
+        failed=sum(episode.failed for episode in episodes),
+        trees=tuple(trees),
+    )
+
+
+def _proportion(episodes: Sequence[Trajectory]) -> Proportion:
+    return Proportion(sum(episode.won for episode in episodes), len(episodes))

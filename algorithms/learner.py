@@ -1,0 +1,247 @@
+"""From a batch to new weights.
+
+- ``LearnerConfig``: the optimiser's settings.
+- ``Learner``: ``update`` by a recipe, ``sft_update`` by imitation, ``score`` without learning.
+
+Micro-batches only bound memory: the recipe plans once over the whole batch, and the losses of the parts add
+up to the batch's. An *optimiser* minibatch, too, keeps the batch's plan: its loss is scaled by (rows of the
+batch / rows of the minibatch). So every token has the same weight wherever the shuffle puts it, and the
+expected gradient is the batch's. A denominator per minibatch, as in verl, would give more weight to tokens
+that share a minibatch with short episodes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import UsageError
+from .batch import Minibatch
+from .forward import token_statistics
+from .recipe import Recipe, merge_metrics
+
+Generator = torch.Generator | np.random.Generator
+PartLoss = Callable[[Minibatch, Tensor, int, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """Steps are optimiser steps: one per minibatch, ``epochs * minibatches`` per update."""
+
+    lr: float = 3e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    """Not applied to norms, biases and embeddings."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; ``inf`` for no clipping."""
+    epochs: int = 1
+    minibatches: int = 1
+    """Optimiser steps per epoch; more than one shuffles the rows."""
+    micro_batch_tokens: int = 16384
+    """Padded tokens per forward pass."""
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    """Where ``cosine`` and ``linear`` reach ``min_lr_ratio``."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    min_lr_ratio: float = 0.0
+    """Final learning rate as a share of ``lr``."""
+    temperature: float = 1.0
+    """Of the rollouts: log-probabilities and entropies are those of the distribution that was sampled."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """``bfloat16``: autocast; weights and optimiser state keep their own type."""
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimiser step ``step``, from 0."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant" or self.total_steps is None:
+            return self.lr
+        progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
+
+
+class Learner:
+    """Owns the optimiser of ``model``. The recipe's memory belongs to whoever made it: save it beside this
+    state."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe | None = None,
+        config: LearnerConfig | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config or LearnerConfig()
+        if self.config.schedule != "constant" and self.config.total_steps is None:
+            raise UsageError(f"the schedule '{self.config.schedule}' needs total_steps")
+        self.recipe = recipe
+        self.device = torch.device(device)
+        # Evaluation mode: with dropout the policy that is trained would not be the one that sampled.
+        self.model = model.to(self.device).eval()
+        self.step = 0
+        """Optimiser steps, skipped ones included."""
+        self.skipped = 0
+        self.optimizer = torch.optim.AdamW(
+            _decay_groups(model, self.config.weight_decay),
+            lr=self.config.lr,
+            betas=self.config.betas,
+            fused=True,
+        )
+
+    def update(self, batch: Minibatch, generator: Generator | None = None) -> dict[str, float]:
+        """``epochs`` passes over ``batch`` by the recipe; ``generator`` shuffles the rows into minibatches.
+
+        Metrics are means over the optimiser steps (maxima for ``…/max``). The caller still has to tell the
+        recipe ``on_step_end``.
+
+        Raises:
+            UsageError: there is no recipe, or the batch lacks what it needs.
+        """
+        if self.recipe is None:
+            raise UsageError("this learner has no recipe; it can only imitate")
+        recipe, started = self.recipe, time.perf_counter()
+        batch = batch.to(self.device)
+        plan = recipe.plan(batch)
+        active = batch.mask.any(1).nonzero()[:, 0].cpu()
+        steps: list[dict[str, Tensor]] = []
+        for rows in self._minibatches(active, generator):
+            part_plan, scale = plan.select(rows), len(active) / len(rows)
+
+            def loss(
+                part: Minibatch, index: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+            ) -> tuple[Tensor, Mapping[str, Tensor]]:
+                value, metrics = recipe.loss(part, part_plan.select(index, width), logprobs, entropy)  # noqa: B023
+                scaled = {
+                    name: item if name.endswith("/max") else item * scale  # noqa: B023
+                    for name, item in metrics.items()
+                }
+                return value * scale, scaled  # noqa: B023
+
+            steps.append(self._optimise(batch.select(rows), loss))
+        return _mean_metrics(steps) | dict(plan.metrics) | self._report(batch, started, self.config.epochs)
+
+    def sft_update(self, batch: Minibatch) -> dict[str, float]:
+        """One optimiser step on the mean negative log-likelihood of the trained tokens of ``batch``."""
+        started = time.perf_counter()
+        batch = batch.to(self.device)
+        tokens = batch.mask.sum().clamp(min=1)
+
+        def loss(
+            part: Minibatch, index: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+        ) -> tuple[Tensor, Mapping[str, Tensor]]:
+            value = -logprobs.sum() / tokens
+            return value, {"loss": value.detach(), "entropy/action_mean": entropy.detach().sum() / tokens}
+
+        return _mean_metrics([self._optimise(batch, loss)]) | self._report(batch, started, 1)
+
+    @torch.no_grad()
+    def score(self, batch: Minibatch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies ``[B, L]`` of the trained tokens under ``model``, or the learner's
+        own."""
+        batch = batch.to(self.device)
+        logprobs = torch.zeros(batch.mask.shape, device=self.device)
+        entropy = torch.zeros_like(logprobs)
+        for rows, width, part in self._parts(batch):
+            logprobs[rows, :width], entropy[rows, :width] = self._forward(model or self.model, part)
+        return logprobs, entropy
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser and counters; neither the model's weights nor the recipe's memory."""
+        return {"optimizer": self.optimizer.state_dict(), "step": self.step, "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of ``state_dict``."""
+        self.optimizer.load_state_dict(dict(state["optimizer"]))
+        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+
+    def _minibatches(self, rows: Tensor, generator: Generator | None) -> Iterator[Tensor]:
+        pieces = min(self.config.minibatches, len(rows))
+        if pieces > 1 and generator is None:
+            raise UsageError("more than one minibatch needs a generator to shuffle the rows with")
+        for _ in range(self.config.epochs if pieces else 0):
+            if pieces == 1:
+                yield rows
+                continue
+            if isinstance(generator, np.random.Generator):
+                order = torch.from_numpy(generator.permutation(len(rows)))
+            else:
+                order = torch.randperm(len(rows), generator=generator)
+            yield from rows[order].tensor_split(pieces)
+
+    def _parts(self, batch: Minibatch) -> Iterator[tuple[Tensor, int, Minibatch]]:
+        if batch.tokens is None:
+            raise UsageError("the learner needs the batch's tokens")
+        extent = batch.extent.cpu()
+        for rows in batch.microbatches(self.config.micro_batch_tokens):
+            width = int(extent[rows].max())
+            yield rows, width, batch.select(rows, width)
+
+    def _forward(self, model: nn.Module, part: Minibatch) -> tuple[Tensor, Tensor]:
+        assert part.tokens is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return token_statistics(model, part.tokens, part.mask, temperature=self.config.temperature)
+
+    def _optimise(self, batch: Minibatch, part_loss: PartLoss) -> dict[str, Tensor]:
+        """Accumulate the gradients of the parts and take one step, unless the gradient is not finite."""
+        parts: list[Mapping[str, Tensor]] = []
+        for rows, width, part in self._parts(batch):
+            loss, metrics = part_loss(part, rows, width, *self._forward(self.model, part))
+            loss.backward()
+            parts.append(metrics)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        lr = self.config.lr_at(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        finite = bool(norm.isfinite())
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped += not finite
+        outcome = {
+            "grad_norm": norm.detach(),
+            "lr": torch.tensor(lr),
+            "skipped": torch.tensor(float(not finite)),
+        }
+        return merge_metrics(parts) | outcome
+
+    def _report(self, batch: Minibatch, started: float, epochs: int) -> dict[str, float]:
+        seconds = time.perf_counter() - started
+        return {
+            "tokens": float(batch.mask.sum()),
+            "tokens_per_second": float(batch.extent.sum()) * epochs / seconds,
+            "update_seconds": seconds,
+        }
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.dim() > 1 and id(parameter) not in embeddings]
+    chosen = set(map(id, decayed))
+    rest = [parameter for parameter in trained if id(parameter) not in chosen]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _mean_metrics(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+    """Means over optimiser steps, of the finite values where there are any; maxima for names ending in
+    ``/max``."""
+    means: dict[str, float] = {}
+    for name in steps[0] if steps else ():
+        values = torch.stack([step[name].double().cpu() for step in steps])
+        kept = values[values.isfinite()] if values.isfinite().any() else values
+        if name == "skipped":
+            means[name] = float(values.sum())
+        else:
+            means[name] = float(kept.amax() if name.endswith("/max") else kept.mean())
+    return means

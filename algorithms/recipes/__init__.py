@@ -1,0 +1,108 @@
+"""One file per method; a new file with a registered ``Method`` is a new recipe.
+
+- ``recipe``: make a recipe by name. ``recipes``: the names.
+- ``available_presets``: the presets of a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ...errors import UsageError, nearest
+from ..recipe import METHODS, Method, Recipe
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")
+
+
+def recipes() -> tuple[str, ...]:
+    """Names that ``recipe`` knows, sorted."""
+    return tuple(sorted(METHODS))
+
+
+def available_presets(name: str) -> tuple[str, ...]:
+    """Presets of the last method of ``name``, sorted."""
+    return tuple(sorted(METHODS[_parts(name)[-1]].presets))
+
+
+def recipe(
+    name: str,
+    preset: str | None = None,
+    *,
+    total_steps: int = 150,
+    slots: Mapping[str, Any] | None = None,
+    **overrides: Any,
+) -> Recipe:
+    """Compose the recipe ``name``; without more, its vetted defaults.
+
+    ``a+b`` composes methods from left to right. ``total_steps`` is the length of the run in RL steps, for
+    methods with a schedule. An override is an option of one of the methods; ``method.option`` where two have
+    it.
+
+    >>> recipe("epo", "corridor", clip_high=0.28).methods["grpo"].clip_high
+    0.28
+
+    Raises:
+        UsageError: unknown recipe, preset or option, with the nearest valid one, or a bad value.
+    """
+    parts = _parts(name)
+    options: dict[str, dict[str, Any]] = {part: {} for part in parts}
+    if preset is not None:
+        known = METHODS[parts[-1]].presets
+        if preset not in known:
+            hint = nearest(preset, known) if known else "; it has none"
+            raise UsageError(f"recipe '{name}' has no preset '{preset}'{hint}")
+        _route(name, options, known[preset])
+    _route(name, options, overrides)
+    if total_steps < 1:
+        raise UsageError(f"total_steps must be at least 1, not {total_steps}")
+    methods = {part: _build(part, values) for part, values in options.items()}
+    return Recipe(name, methods, total_steps, preset, slots)
+
+
+def _parts(name: str) -> list[str]:
+    """Methods of ``a+b``, each preceded by its base."""
+    parts: list[str] = []
+    for part in name.split("+"):
+        if part not in METHODS:
+            raise UsageError(f"unknown recipe '{part}'{nearest(part, METHODS)}")
+        chain = [part]
+        while (base := METHODS[chain[0]].base) is not None:
+            chain.insert(0, base)
+        parts += [link for link in chain if link not in parts]
+    return parts
+
+
+def _route(name: str, options: dict[str, dict[str, Any]], values: Mapping[str, Any]) -> None:
+    """Give each value to the method that has the option."""
+    for key, value in values.items():
+        part, _, option = key.rpartition(".")
+        owners = [
+            method for method in options if option in METHODS[method].model_fields and part in ("", method)
+        ]
+        if not owners:
+            every = {field for method in options for field in METHODS[method].model_fields} | {
+                "total_steps",
+                "slots",
+            }
+            raise UsageError(f"recipe '{name}' has no option '{key}'{nearest(option, every)}")
+        if len(owners) > 1:
+            raise UsageError(f"option '{key}' belongs to {' and '.join(owners)}; write '{owners[-1]}.{key}'")
+        options[owners[0]][option] = value
+
+
+def _build(part: str, values: Mapping[str, Any]) -> Method:
+    try:
+        return METHODS[part](**values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(str(key) for key in problem["loc"])
+        message = problem["msg"][0].lower() + problem["msg"][1:]
+        raise UsageError(
+            f"option '{where}' of recipe '{part}': {message}, not {problem['input']!r}"
+        ) from error

@@ -1,0 +1,150 @@
+"""A run is a folder: configuration, metrics, trajectories, checkpoints, events and a report.
+
+- ``RunFolder``: plans or opens it, appends metrics, stores trees, and cuts back to a checkpoint on resume.
+- ``write_atomically``: a file that is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import RunConfig, load_config, to_toml
+from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from ..agents.tree import Tree
+
+TIME_PREFIX = "time/"
+"""Metrics whose names begin so depend on the machine; all others are equal for equal configurations."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` beside ``path``, flush it to disk, and rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def default_run_dir(config: RunConfig) -> Path:
+    """``runs/<time>-<algorithm>-seed<seed>`` under the current folder."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return Path("runs") / f"{stamp}-{config.algorithm.name}-seed{config.seed}"
+
+
+class RunFolder:
+    """The files of one run.
+
+    ``metrics.jsonl`` holds one row a line: ``phase`` (``sft``, ``eval``, ``train``), ``step``, and numbers.
+    """
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self.path = path
+        self.config = config
+        self._writer: SummaryWriter | None = None
+
+    @classmethod
+    def plan(cls, config: RunConfig) -> RunFolder:
+        """Choose the folder of a new run; nothing is written before ``make``.
+
+        Raises:
+            UsageError: the folder already holds a run.
+        """
+        path = Path(config.run_dir) if config.run_dir else default_run_dir(config)
+        if (path / "config.toml").exists():
+            raise UsageError(
+                f"'{path}' already holds a run; continue it with `agentropy train --resume {path}` "
+                "or choose another --run-dir"
+            )
+        return cls(path, config)
+
+    def make(self) -> None:
+        """Create what is missing of the folder; the configuration of an existing run stays as it is."""
+        for part in ("checkpoints", "trajectories"):
+            (self.path / part).mkdir(parents=True, exist_ok=True)
+        if not (self.path / "config.toml").exists():
+            write_atomically(self.path / "config.toml", to_toml(self.config).encode())
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Open an existing run.
+
+        Raises:
+            UsageError: the folder holds no run.
+        """
+        folder = Path(path)
+        if not (folder / "config.toml").is_file():
+            raise UsageError(f"'{folder}' holds no run: it has no config.toml")
+        return cls(folder, load_config(folder / "config.toml"))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All metric rows; a last line that a kill cut short is skipped."""
+        if not self.metrics_file.exists():
+            return
+        with open(self.metrics_file, encoding="utf-8") as file:
+            for line in file:
+                if line.endswith("\n"):
+                    yield json.loads(line)
+
+    def log(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None:
+        """Append a row and mirror its numbers to TensorBoard."""
+        row = {"phase": phase, "step": step, **metrics}
+        with open(self.metrics_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        writer = self._tensorboard()
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                writer.add_scalar(f"{phase}/{name}", value, step)
+
+    def rewind(self, rows: int) -> None:
+        """Keep the first ``rows`` metric rows: those that the checkpoint had seen."""
+        kept = [json.dumps(row) + "\n" for row, _ in zip(self.rows(), range(rows), strict=False)]
+        write_atomically(self.metrics_file, "".join(kept).encode())
+        # Event files cannot be cut; they are written anew from the rows that remain.
+        shutil.rmtree(self.path / "events", ignore_errors=True)
+        writer = self._tensorboard()
+        for line in kept:
+            row = json.loads(line)
+            for name, value in row.items():
+                if isinstance(value, int | float) and name != "step":
+                    writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+
+    def save_trees(self, step: int, trees: Iterable[Tree]) -> None:
+        """Store a step's rollouts, one tree a line."""
+        lines = "".join(json.dumps(tree.to_dict(), separators=(",", ":")) + "\n" for tree in trees)
+        # mtime=0: equal trees give equal files.
+        write_atomically(
+            self.path / "trajectories" / f"step-{step:06d}.jsonl.gz",
+            gzip.compress(lines.encode(), compresslevel=5, mtime=0),
+        )
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _tensorboard(self) -> SummaryWriter:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.path / "events"))
+        return self._writer

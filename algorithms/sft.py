@@ -1,0 +1,101 @@
+"""The supervised warm start: the expert plays, the model learns its actions.
+
+- ``collect_demonstrations``: expert episodes as trees, with the same tokens and masks as rollouts.
+- ``WarmStart``: the updates over them, resumable at any update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..agents.messages import Format
+from ..agents.policies import ExpertPolicy
+from ..agents.rollout import Progress, RolloutTask, rollout
+from ..agents.tree import Tree
+from ..config import RunConfig
+from .assembly import Agent, make_pool, seed_from, select_tasks
+from .batch import Minibatch
+from .learner import Learner, LearnerConfig
+
+SLOTS = 64
+"""Expert episodes played side by side."""
+
+
+def collect_demonstrations(
+    config: RunConfig,
+    format: Format,
+    tasks: Sequence[str],
+    *,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Tree]:
+    """Let the expert play ``config.sft.tasks`` tasks, evenly spaced over ``tasks``.
+
+    In a share ``config.sft.noise`` of the turns a random admissible command is played, and not imitated, so that
+    the model sees how the expert goes on after a mistake.
+    """
+    chosen = [
+        RolloutTask(task, config.sft.episodes_per_task, seed_from(config.seed, 1, index))
+        for index, task in enumerate(select_tasks(tasks, config.sft.tasks))
+    ]
+    slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
+    with make_pool(config.env, config.env.train_split, slots, expert_info=True) as pool:
+        return rollout(
+            ExpertPolicy(format, noise=config.sft.noise),
+            pool,
+            format,
+            chosen,
+            context=config.agent.context,
+            window=config.agent.window,
+            max_context_tokens=config.agent.max_context_tokens,
+            split=config.env.train_split,
+            progress=progress,
+        )
+
+
+class WarmStart:
+    """Epochs of masked maximum likelihood over demonstrations, in an order that the seed alone decides."""
+
+    def __init__(self, agent: Agent, config: RunConfig, trees: Sequence[Tree], device: torch.device) -> None:
+        self._batch = Minibatch.from_trees(trees)
+        self._config = config
+        rows = len(self._batch)
+        self._per_epoch = math.ceil(rows / config.sft.batch_episodes)
+        self.total = self._per_epoch * config.sft.epochs
+        self.done = 0
+        self._learner = Learner(
+            agent.model,
+            None,
+            LearnerConfig(
+                lr=config.sft.lr,
+                schedule="cosine",
+                warmup_steps=round(config.sft.warmup * self.total),
+                total_steps=self.total,
+                clip_norm=config.train.clip_norm,
+                weight_decay=config.train.weight_decay,
+                micro_batch_tokens=config.train.micro_batch_tokens,
+            ),
+            device,
+        )
+
+    def update(self) -> dict[str, float]:
+        """One optimiser step. Call it while ``done < total``."""
+        epoch, position = divmod(self.done, self._per_epoch)
+        generator = np.random.default_rng([self._config.seed, 2, epoch])
+        order = generator.permutation(len(self._batch))
+        size = self._config.sft.batch_episodes
+        rows = torch.from_numpy(order[position * size : (position + 1) * size])
+        metrics = self._learner.sft_update(self._batch.select(rows))
+        self.done += 1
+        return metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"done": self.done, "learner": self._learner.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.done = state["done"]
+        self._learner.load_state_dict(state["learner"])

@@ -1,0 +1,335 @@
+"""The training loop: warm start, rollouts, updates, evaluations, checkpoints.
+
+- ``Trainer``: runs or continues a run folder to its end. ``Summary``: what it reached.
+
+Every random choice of step k comes from a seed made of (run seed, purpose, k), so the state of all generators is
+the step's number, and a run that was killed and resumed repeats what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..agents.rollout import Progress, RolloutTask, rollout
+from ..envs.pool import EnvPool
+from .assembly import (
+    engine_policy,
+    load_agent,
+    make_engine,
+    make_pool,
+    new_agent,
+    open_world,
+    prepare_device,
+    seed_from,
+    select_tasks,
+)
+from .batch import Minibatch
+from .checkpoint import latest_checkpoint, load_state, save_checkpoint
+from .display import Display
+from .evaluate import Evaluation, evaluate, panel_of, summarise
+from .learner import Learner, LearnerConfig
+from .recipes import recipe
+from .runs import TIME_PREFIX, RunFolder
+from .sft import WarmStart, collect_demonstrations
+from .stats import Proportion
+
+SFT_CHECKPOINT_EVERY = 25
+"""Updates of the warm start between checkpoints."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Held-out success before and after reinforcement learning; equal when there were no steps."""
+
+    before: Proportion
+    after: Proportion
+    split: str
+
+    def __str__(self) -> str:
+        return f"success {self.before} → {self.after} on {self.after.trials} held-out tasks ({self.split})"
+
+
+class Trainer:
+    """All parts of one run, and where it stands: its newest checkpoint, if it has one.
+
+    Raises:
+        UsageError: a part of the configuration cannot be had; nothing has been written by then.
+    """
+
+    def __init__(self, run: RunFolder, display: Display) -> None:
+        self.run, self.display, self.config = run, display, run.config
+        config = self.config
+        self.device = prepare_device(config)
+        self.tasks = self._training_tasks()
+        self.panel = panel_of(config, config.env.eval_split)
+        overrides = {"total_steps": max(1, config.train.steps)} | config.algorithm.overrides
+        self.recipe = recipe(config.algorithm.name, preset=config.algorithm.preset, **overrides)
+
+        self._reference_model: PreTrainedModel | None = None
+        self.step = -1  # -1: before or in the warm start; k: step k is done.
+        self.warm_state: dict[str, Any] | None = None
+        state: dict[str, Any] | None = None
+        checkpoint = latest_checkpoint(run.checkpoints)
+        if checkpoint is None:
+            self.agent = new_agent(config, self.device)
+            self.rows = 0
+        else:
+            self.agent = load_agent(config, checkpoint, self.device)
+            state = load_state(checkpoint)
+            self.step, self.rows, self.warm_state = state["step"], state["rows"], state["warm_start"]
+        self.learner = self._make_learner()
+        if state is not None and self.step >= 0:
+            self.learner.load_state_dict(state["learner"])
+            self.recipe.load_state_dict(state["recipe"])
+        self.engine = make_engine(self.agent)
+
+    def describe(self) -> str:
+        """One line: what is trained on what."""
+        config = self.config
+        size = sum(parameter.numel() for parameter in self.agent.model.parameters()) / 1e6
+        where = f" from step {self.step}" if self.step >= 0 else ""
+        return (
+            f"{config.algorithm.name} on {config.env.id}: {len(self.tasks)} training tasks, "
+            f"{len(self.panel)} held-out tasks ({config.env.eval_split}), "
+            f"{self.agent.model.config.model_type} of {size:.1f} M parameters, seed {config.seed}{where}"
+        )
+
+    def train(self) -> Summary:
+        """Do what is left of the run; call it once."""
+        config, steps = self.config, self.config.train.steps
+        self.run.make()
+        self.run.rewind(self.rows)
+        if self.step < 0:
+            if config.sft.tasks:
+                self._warm_start()
+            self.step = 0
+            self._evaluate()
+            self._checkpoint()
+        else:
+            self._show_history()
+        if self.step < steps:
+            slots = config.train.tasks_per_step * config.train.group_size
+            with make_pool(config.env, config.env.train_split, slots) as pool:
+                durations: list[float] = []
+                while self.step < steps:
+                    started = time.perf_counter()
+                    self.step += 1
+                    left = float(np.median(durations)) * (steps - self.step) if durations else None
+                    self._train_step(pool, left)
+                    if self.step == steps or (config.eval.every and self.step % config.eval.every == 0):
+                        self._evaluate()
+                    if self.step == steps or self.step % config.train.checkpoint_every == 0:
+                        self._checkpoint()
+                    durations.append(time.perf_counter() - started)
+        return self._summary()
+
+    def _train_step(self, pool: EnvPool, seconds_left: float | None) -> None:
+        """Rollouts of this step's tasks under the current weights, then the update."""
+        config, step = self.config, self.step
+        self.display.status(f"step {step}/{config.train.steps}", "rollouts")
+        started = time.perf_counter()
+        # New version: nothing computed by older weights is reused, and a resumed run starts as empty as this one.
+        self.engine.load_weights(None, version=step)
+        before = (
+            self.engine.stats.decode_tokens,
+            self.engine.stats.prefill_tokens,
+            self.engine.stats.cached_tokens,
+        )
+        trees = rollout(
+            engine_policy(self.agent, self.engine, config, config.agent.temperature),
+            pool,
+            self.agent.format,
+            self._rollout_tasks(),
+            context=config.agent.context,
+            window=config.agent.window,
+            max_context_tokens=config.agent.max_context_tokens,
+            split=config.env.train_split,
+        )
+        rollout_seconds = time.perf_counter() - started
+        summary = summarise(trees, config.env.train_split)
+        self.display.status(f"step {step}/{config.train.steps}", f"update; rollouts took {rollout_seconds:.1f} s")
+
+        started = time.perf_counter()
+        generator = np.random.default_rng([config.seed, 4, step])
+        batch = Minibatch.from_trees(trees)
+        if self.recipe.needs_reference:
+            batch = batch.replace(ref_logprobs=self.learner.score(batch, self._reference())[0])
+        metrics = self.learner.update(batch, generator)
+        self.recipe.on_step_end(metrics)
+        update_seconds = time.perf_counter() - started
+        if config.train.save_trajectories:
+            self.run.save_trees(step, trees)
+
+        stats = self.engine.stats
+        decoded = stats.decode_tokens - before[0]
+        low, high = summary.success.interval
+        row = {
+            "success/rate": summary.success.rate,
+            "success/low": low,
+            "success/high": high,
+            "episodes": summary.success.trials,
+            "turns": summary.turns,
+            "reward": float(np.mean([episode.reward for tree in trees for episode in tree.trajectories])),
+            "env/failed": summary.failed,
+            **{("entropy/rollout" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
+            "entropy/action_mean": summary.entropy,
+            "tokens/sampled": decoded,
+            "tokens/prefilled": stats.prefill_tokens - before[1],
+            "tokens/cached": stats.cached_tokens - before[2],
+            TIME_PREFIX + "rollout_seconds": rollout_seconds,
+            TIME_PREFIX + "update_seconds": update_seconds,
+            TIME_PREFIX + "tokens_per_second": decoded / rollout_seconds,
+        }
+        self._log("train", row)
+        self.display.row(
+            f"{step}",
+            summary.success,
+            summary.turns,
+            summary.entropy,
+            decoded / rollout_seconds,
+            seconds_left,
+        )
+
+    def _reference(self) -> PreTrainedModel:
+        """The policy as reinforcement learning found it; kept in the run folder for resumed runs."""
+        if self._reference_model is None:
+            folder = self.run.path / "reference"
+            if not folder.exists():
+                assert self.step == 1, "the reference is the policy before the first update"
+                temporary = folder.with_name(".reference.tmp")
+                self.agent.model.save_pretrained(temporary)
+                temporary.rename(folder)
+            self._reference_model = type(self.agent.model).from_pretrained(folder, dtype=self.agent.model.dtype)
+            self._reference_model.to(self.device).requires_grad_(False)
+        return self._reference_model
+
+    def _warm_start(self) -> None:
+        config, display = self.config, self.display
+        display.status("expert play")
+
+        def progress(count: Progress) -> None:
+            display.status("expert play", f"{count.episodes}/{count.total} episodes")
+
+        started = time.perf_counter()
+        trees = collect_demonstrations(config, self.agent.format, self.tasks, progress=progress)
+        warm = WarmStart(self.agent, config, trees, self.device)
+        if self.warm_state is not None:
+            warm.load_state_dict(self.warm_state)
+        else:
+            shown = summarise(trees, config.env.train_split)
+            seconds = time.perf_counter() - started
+            display.say(f"expert: success {shown.success} in {seconds:.0f} s")
+        while warm.done < warm.total:
+            metrics = warm.update()
+            self._log("sft", _split_times(metrics), step=warm.done)
+            display.status("warm start", f"update {warm.done}/{warm.total}, loss {metrics['loss']:.3f}")
+            if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
+                self._checkpoint(warm)
+        self.engine.load_weights(None, version=0)
+
+    def _evaluate(self) -> Evaluation:
+        config, display = self.config, self.display
+        label = f"evaluating after step {self.step}"
+        display.status(label)
+        started = time.perf_counter()
+        self.engine.load_weights(None, version=self.step)
+        decoded = self.engine.stats.decode_tokens
+        result = evaluate(
+            engine_policy(self.agent, self.engine, config, config.eval.temperature),
+            self.agent.format,
+            config,
+            config.env.eval_split,
+            self.panel,
+            progress=lambda count: display.status(label, f"{count.episodes}/{count.total} tasks, {count.won} won"),
+        )
+        seconds = time.perf_counter() - started
+        rate = (self.engine.stats.decode_tokens - decoded) / seconds
+        self._log("eval", {**result.metrics(), TIME_PREFIX + "seconds": seconds})
+        display.row(f"eval {self.step}", result.success, result.turns, result.entropy, rate, None)
+        return result
+
+    def _rollout_tasks(self) -> list[RolloutTask]:
+        """This step's tasks: the next ones of an endless sequence of shuffled passes over the training tasks."""
+        config, count = self.config, len(self.tasks)
+        chosen = []
+        for index in range(config.train.tasks_per_step):
+            epoch, position = divmod((self.step - 1) * config.train.tasks_per_step + index, count)
+            order = np.random.default_rng([config.seed, 3, epoch]).permutation(count)
+            seed = seed_from(config.seed, 5, self.step, index)
+            chosen.append(RolloutTask(self.tasks[order[position]], config.train.group_size, seed))
+        return chosen
+
+    def _training_tasks(self) -> tuple[str, ...]:
+        world = open_world(self.config.env, self.config.env.train_split)
+        tasks: Sequence[str] = world.tasks(self.config.env.train_split)  # type: ignore[attr-defined]
+        world.close()
+        return select_tasks(sorted(tasks), self.config.env.train_tasks)
+
+    def _make_learner(self) -> Learner:
+        options = self.config.train
+        return Learner(
+            self.agent.model,
+            self.recipe,
+            LearnerConfig(
+                lr=options.lr,
+                schedule=options.schedule,
+                warmup_steps=options.warmup_steps,
+                total_steps=options.steps * options.epochs * options.minibatches,
+                weight_decay=options.weight_decay,
+                clip_norm=options.clip_norm,
+                epochs=options.epochs,
+                minibatches=options.minibatches,
+                micro_batch_tokens=options.micro_batch_tokens,
+                temperature=self.config.agent.temperature,
+            ),
+            self.device,
+        )
+
+    def _log(self, phase: str, metrics: dict[str, Any], *, step: int | None = None) -> None:
+        self.run.log(phase, self.step if step is None else step, metrics)
+        self.rows += 1
+
+    def _checkpoint(self, warm: WarmStart | None = None) -> None:
+        name = f"sft-{warm.done:06d}" if warm is not None else f"step-{self.step:06d}"
+        state = {
+            "step": -1 if warm is not None else self.step,
+            "rows": self.rows,
+            "warm_start": warm.state_dict() if warm is not None else None,
+            "learner": self.learner.state_dict(),
+            "recipe": self.recipe.state_dict(),
+        }
+        keep = self.config.train.keep_checkpoints
+        save_checkpoint(self.run.checkpoints, name, self.agent.model, self.agent.tokenizer, state, keep=keep)
+
+    def _show_history(self) -> None:
+        """After a resume, the table starts with the rows that the run already has."""
+        for row in self.run.rows():
+            if row["phase"] == "sft":
+                continue
+            trials = row.get("episodes") or row["success/tasks"]
+            success = Proportion(round(row["success/rate"] * trials), trials)
+            label = f"eval {row['step']}" if row["phase"] == "eval" else str(row["step"])
+            rate = row.get(TIME_PREFIX + "tokens_per_second", float("nan"))
+            self.display.row(label, success, row["turns"], row["entropy/action_mean"], rate, None)
+
+    def _summary(self) -> Summary:
+        evaluations = [row for row in self.run.rows() if row["phase"] == "eval"]
+        first, last = evaluations[0], evaluations[-1]
+        return Summary(
+            Proportion(first["success/wins"], first["success/tasks"]),
+            Proportion(last["success/wins"], last["success/tasks"]),
+            last["split"],
+        )
+
+
+def _split_times(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Put the figures that depend on the machine's speed under ``time/``."""
+    return {
+        (TIME_PREFIX + name if name.endswith(("_seconds", "_per_second")) else name): value
+        for name, value in metrics.items()
+    }

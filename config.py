@@ -1,0 +1,238 @@
+"""Every option of a run, as one typed schema.
+
+- ``RunConfig``: the whole configuration; ``EnvConfig``, ``ModelConfig``, … are its sections.
+- ``load_config``: TOML file, then ``section.key=value`` overrides, then defaults; unknown keys are errors.
+- ``to_toml``: the resolved configuration as text that ``load_config`` reads back.
+
+No module here imports torch, so a wrong key is reported before anything expensive starts.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import UsageError, nearest
+
+
+class Section(BaseModel):
+    """A part of the configuration; keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class EnvConfig(Section):
+    id: str = "agentropy/ALFWorld-v0"
+    """Gymnasium id of the world."""
+    kwargs: dict[str, Any] = {}
+    """Arguments of the world's constructor besides ``split``, such as ``source`` and ``data``."""
+    train_split: str = "train"
+    eval_split: str = "valid_unseen"
+    train_tasks: int | None = Field(None, ge=1)
+    """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
+    workers: int | None = Field(None, ge=1)
+    """Processes that step the worlds; the number of processors when unset."""
+
+
+class SmallModelConfig(Section):
+    """A Llama of a few million parameters from random weights, with a word-level tokenizer of the world's text."""
+
+    type: Literal["small"] = "small"
+    hidden: int = Field(128, ge=8)
+    layers: int = Field(4, ge=1)
+    heads: int = Field(4, ge=1)
+    intermediate: int = Field(512, ge=8)
+    max_positions: int = Field(2048, ge=64)
+
+
+class PretrainedModelConfig(Section):
+    """Any causal language model of ``transformers``, by local path or hub name."""
+
+    type: Literal["pretrained"] = "pretrained"
+    path: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are trained."""
+
+
+ModelConfig = Annotated[SmallModelConfig | PretrainedModelConfig, Field(discriminator="type")]
+
+
+class AgentConfig(Section):
+    format: Literal["auto", "plain", "chat"] = "auto"
+    """``plain`` for the small model's own markers, ``chat`` for the model's chat template."""
+    context: Literal["full", "window"] = "full"
+    """``full``: append-only history. ``window``: each turn is rendered anew from the last turns."""
+    window: int = Field(2, ge=0)
+    """Turns of history in ``window`` mode."""
+    max_action_tokens: int = Field(16, ge=1)
+    """Most tokens sampled in one turn."""
+    max_context_tokens: int = Field(1536, ge=32)
+    """An episode whose history would grow beyond this ends as truncated."""
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
+class SftConfig(Section):
+    tasks: int = Field(400, ge=0)
+    """Training tasks that the expert plays; 0 switches the warm start off."""
+    episodes_per_task: int = Field(2, ge=1)
+    noise: float = Field(0.25, ge=0, lt=1)
+    """Share of turns in which a random admissible command is played instead; those are never imitated."""
+    epochs: int = Field(2, ge=1)
+    batch_episodes: int = Field(32, ge=1)
+    lr: float = Field(2e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    """Share of the updates over which the learning rate rises."""
+
+
+class AlgorithmConfig(Section):
+    name: str = "epo"
+    """A recipe; ``agentropy recipes`` lists them."""
+    preset: str | None = None
+    """A named set of the recipe's defaults, such as ``paper``."""
+    overrides: dict[str, Any] = {}
+    """Values of the recipe's own options."""
+
+
+class TrainConfig(Section):
+    steps: int = Field(30, ge=0)
+    tasks_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=1)
+    """Episodes of each task in a step; advantages compare the members of a group."""
+    lr: float = Field(3e-4, gt=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    clip_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(1, ge=1)
+    """Passes over a step's episodes."""
+    minibatches: int = Field(2, ge=1)
+    """Optimiser steps in a pass."""
+    micro_batch_tokens: int = Field(16384, ge=64)
+    """Padded tokens in one forward pass; changes memory and speed, never the result's mathematics."""
+    checkpoint_every: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    save_trajectories: bool = True
+
+
+class EvalConfig(Section):
+    tasks: int | None = Field(None, ge=1)
+    """Size of the fixed panel, the first ids of the sorted split; the whole split when unset."""
+    every: int = Field(0, ge=0)
+    """Evaluate after every so many steps; 0 evaluates before the first and after the last step only."""
+    temperature: float = Field(1.0, ge=0)
+    """0 takes the most probable token."""
+    batch: int = Field(200, ge=1)
+    """Episodes played side by side."""
+    seed: int = 0
+
+
+class RunConfig(Section):
+    """A whole run. ``agentropy train --dry-run`` prints it resolved."""
+
+    seed: int = Field(0, ge=0)
+    run_dir: str | None = None
+    """Folder of the run; ``runs/<time>-<algorithm>-seed<seed>`` when unset."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = Field(None, ge=1)
+    """Threads of torch on the CPU; the number of processors when unset."""
+    env: EnvConfig = EnvConfig()
+    model: ModelConfig = SmallModelConfig()
+    agent: AgentConfig = AgentConfig()
+    sft: SftConfig = SftConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_model_type(cls, data: Any) -> Any:
+        """``[model]`` without a type is pretrained when it names a path, else small."""
+        if isinstance(data, dict) and isinstance(model := data.get("model"), dict) and "type" not in model:
+            data = data | {"model": {"type": "pretrained" if "path" in model else "small", **model}}
+        return data
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read ``path`` (TOML), apply ``section.key=value`` overrides in order, and validate.
+
+    Values of overrides are TOML (``3``, ``true``, ``[1, 2]``); a value that is not TOML is taken as text.
+
+    Raises:
+        UsageError: unreadable file, malformed override, unknown key (with the nearest valid one), or a bad value.
+    """
+    data: dict[str, Any] = {}
+    if path is not None:
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UsageError(f"cannot read the configuration '{path}': {error.strerror}") from error
+        except tomllib.TOMLDecodeError as error:
+            raise UsageError(f"'{path}' is not valid TOML: {error}") from error
+    for text in overrides:
+        key, separator, value = text.partition("=")
+        if not separator or not key.strip():
+            raise UsageError(f"'{text}' is not an override; expected section.key=value, such as train.steps=50")
+        _assign(data, key.strip().split("."), _toml_value(value.strip()))
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise UsageError(_explain(error, data)) from error
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    for index, key in enumerate(keys[:-1]):
+        child = data.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise UsageError(f"'{'.'.join(keys)}': '{'.'.join(keys[: index + 1])}' is a value, not a section")
+        data = child
+    data[keys[-1]] = value
+
+
+def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The schema that holds the last key of ``location``; union tags are part of pydantic's locations."""
+    variants = {"small": SmallModelConfig, "pretrained": PretrainedModelConfig}
+    section: type[BaseModel] = RunConfig
+    for key in location[:-1]:
+        if key in variants and section is RunConfig:
+            section = variants[str(key)]
+            continue
+        field = section.model_fields.get(str(key))
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return section
+
+
+def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        name = ".".join(str(key) for key in location if key not in ("small", "pretrained"))
+        if problem["type"] == "extra_forbidden":
+            hint = nearest(str(location[-1]), _section_at(location).model_fields)
+            lines.append(f"unknown option '{name}'{hint}")
+        elif problem["type"] == "union_tag_invalid":
+            lines.append(f"option '{name}.type' is {problem['ctx']['tag']!r}; expected 'small' or 'pretrained'")
+        else:
+            message = problem["msg"][0].lower() + problem["msg"][1:]
+            given = "" if problem["type"] == "missing" else f", not {problem['input']!r}"
+            lines.append(f"option '{name}': {message}{given}")
+    return "; ".join(lines)
+
+
+def to_toml(config: RunConfig) -> str:
+    """The configuration as TOML; unset (``None``) options are left out, so that reading it back gives the same."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))

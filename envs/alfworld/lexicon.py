@@ -1,0 +1,30 @@
+"""Every word that ALFWorld's text is made of, for agents that build a vocabulary before they play.
+
+- ``lexicon``: sentence forms, commands, goals, and names of receptacles and objects.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+from .domain import grammar
+from .layouts import rules
+from .problem import SENTENCES
+
+HIGHEST_NUMBER = 60
+"""No published room has more receptacles or objects of one kind; names end in their number."""
+
+
+@cache
+def lexicon() -> tuple[str, ...]:
+    """Texts that together hold every word of observations, commands and goals; each name stands once."""
+    source = grammar("")
+    forms = re.findall(r'"rhs": "(.*?)"', source) + re.findall(r'(?:template|feedback) :: "(.*?)"', source, re.DOTALL)
+    # What stands in braces or between hashes is replaced when the text is made; the rest is said as it is.
+    sentences = {re.sub(r"\{[^}]*\}|#[^#]*#|[\[\]|]|\\n", " ", form).strip() for form in forms}
+    types = set(rules().holds).union(*rules().holds.values(), *rules().properties.values())
+    goals = {form.format(obj="", recep="") for forms in SENTENCES.values() for form in forms}
+    names = {name.lower() for name in types}
+    numbers = {str(number) for number in range(HIGHEST_NUMBER + 1)}
+    return tuple(sorted((sentences | goals | names | numbers) - {""}))

@@ -1,0 +1,322 @@
+"""The rollout loop writes down exactly what the policy read and said, whatever else plays beside it."""
+
+import json
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agentropy.agents.engines.base import Completion, Request, SamplingParams, StopReason
+from agentropy.agents.formats import PlainFormat
+from agentropy.agents.policies import EnginePolicy, ExpertPolicy, RandomPolicy
+from agentropy.agents.rollout import RolloutTask, rollout
+from agentropy.agents.tokenizer import END, build_word_tokenizer
+from agentropy.agents.tree import Tree
+from agentropy.envs.pool import EnvResult
+from agentropy.errors import UsageError
+
+COMMANDS = ["go left", "go right", "look"]
+SAYINGS = [
+    "you are at door 1",
+    "you are at door 2",
+    "you are at door 3",
+    "task is to reach door 3",
+    "nothing happens",
+]
+TURNS = 6
+
+
+@dataclass
+class Corridor:
+    """Three doors in a row; the task is to reach the third from the first within six turns."""
+
+    task: str
+    door: int = 1
+    turn: int = 0
+
+    def answer(self, slot, command=None):
+        if self.task == "unreadable" or (self.task == "crashing" and self.turn == 2):
+            info = {"task": self.task, "won": False, "failed": True}
+            return EnvResult(slot, "", 0.0, True, False, info, failed=True, error="the world broke")
+        text = f"you are at door {self.door} task is to reach door 3"
+        if command is not None:
+            self.turn += 1
+            self.door += {"go left": -1, "go right": 1}.get(command, 0)
+            self.door = max(1, self.door)
+            text = f"you are at door {self.door}" if command in COMMANDS else "nothing happens"
+        won = self.door == 3
+        info = {
+            "task": self.task,
+            "won": won,
+            "score": self.door / 3,
+            "admissible": COMMANDS,
+            "expert": "go right",
+            "invalid": command is not None and command not in COMMANDS,
+        }
+        return EnvResult(slot, text, float(won), won, self.turn == TURNS, info)
+
+
+@dataclass
+class InlinePool:
+    """The pool's contract in one process; answers come back in an order drawn from ``shuffle``."""
+
+    num_envs: int
+    shuffle: int = 0
+    worlds: dict[int, Corridor] = field(default_factory=dict)
+    pending: dict[int, EnvResult] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+
+    def reset(self, slot, *, task, seed):
+        assert 0 <= slot < self.num_envs and slot not in self.pending
+        self.worlds[slot] = Corridor(task)
+        self.seeds.append(seed)
+        self.pending[slot] = self.worlds[slot].answer(slot)
+
+    def step(self, slot, action):
+        assert slot not in self.pending
+        self.pending[slot] = self.worlds[slot].answer(slot, action)
+
+    def wait(self, slots, *, all):
+        assert all
+        order = np.random.default_rng(self.shuffle).permutation(sorted(slots))
+        return [self.pending.pop(slot) for slot in order.tolist()]
+
+
+@dataclass
+class BabblingEngine:
+    """Says random words that depend on the request alone, and writes down every request by its seed."""
+
+    vocabulary: int
+    end: int
+    heard: dict[int, tuple[Request, Completion]] = field(default_factory=dict)
+    batches: list[list[int]] = field(default_factory=list)
+    released: list[list[int]] = field(default_factory=list)
+
+    def generate(self, requests, params):
+        self.batches.append([request.seed for request in requests])
+        out = []
+        for request in requests:
+            generator = np.random.default_rng([request.seed, int(request.tokens.sum())])
+            length = int(generator.integers(1, request.max_tokens + 1))
+            tokens = generator.integers(self.vocabulary, size=length).astype(np.int32)
+            if length < request.max_tokens or generator.random() < 0.5:
+                tokens[-1] = self.end
+            numbers = generator.random((4, length)).astype(np.float32)
+            completion = Completion(tokens, *numbers, StopReason.STOP, version=3, cached_tokens=0)
+            assert request.seed not in self.heard
+            self.heard[request.seed] = (request, completion)
+            out.append(completion)
+        return out
+
+    def release(self, prefixes=None):
+        self.released += [prefix.tolist() for prefix in prefixes]
+
+
+TOKENIZER = build_word_tokenizer([*COMMANDS, *SAYINGS])
+
+
+def babble(tasks, *, slots=4, shuffle=0, max_context_tokens=400, **options):
+    format = PlainFormat(TOKENIZER)
+    engine = BabblingEngine(len(TOKENIZER), TOKENIZER.convert_tokens_to_ids(END))
+    policy = EnginePolicy(engine, format, SamplingParams(), max_action_tokens=4)
+    pool = InlinePool(slots, shuffle)
+    trees = rollout(
+        policy, pool, format, tasks, split="train", max_context_tokens=max_context_tokens, **options
+    )
+    return trees, engine
+
+
+def act_seed(task: RolloutTask, member: int, turn: int) -> int:
+    return int(np.random.SeedSequence((task.seed, member, turn)).generate_state(1, np.uint64)[0])
+
+
+def dumped(trees: list[Tree]) -> list[str]:
+    return [json.dumps(tree.to_dict()) for tree in trees]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    slots=st.integers(1, 9),
+    seed=st.integers(0, 2**40),
+    mode=st.sampled_from(["full", "window"]),
+    window=st.integers(0, 3),
+    limit=st.integers(30, 120),
+)
+def test_trees_hold_exactly_what_the_engine_read_and_said(sizes, slots, seed, mode, window, limit):
+    tasks = [RolloutTask(f"task-{n}", size, seed + n) for n, size in enumerate(sizes)]
+    trees, engine = babble(tasks, slots=slots, max_context_tokens=limit, context=mode, window=window)
+    turns = 0
+    for task, tree in zip(tasks, trees, strict=True):
+        assert tree.task == task.task and len(tree.trajectories) == task.group_size
+        for member, trajectory in enumerate(tree.trajectories):
+            turns += trajectory.turns
+            heard = [engine.heard[act_seed(task, member, turn)] for turn in range(trajectory.turns)]
+            assert len(trajectory.leaves) == (1 if mode == "full" else trajectory.turns)
+            for leaf, upto in zip(
+                trajectory.leaves, [len(heard)] if mode == "full" else range(1, len(heard) + 1), strict=True
+            ):
+                request, completion = heard[upto - 1]
+                spoken = heard[:upto] if mode == "full" else heard[upto - 1 : upto]
+                expected = np.concatenate([request.tokens, completion.tokens])
+                assert np.array_equal(tree.tokens(leaf), expected)
+                assert len(request.tokens) + 4 <= limit
+                mask = np.zeros(len(expected), bool)
+                logprobs, entropies = np.zeros((2, len(expected)), np.float32)
+                for earlier, said in spoken:
+                    start = len(earlier.tokens)
+                    assert np.array_equal(expected[:start], earlier.tokens)
+                    place = slice(start, start + len(said.tokens))
+                    mask[place], logprobs[place], entropies[place] = True, said.logprobs, said.entropies
+                assert np.array_equal(tree.mask(leaf), mask)
+                assert np.array_equal(tree.logprobs(leaf), logprobs)
+                assert np.array_equal(tree.entropies(leaf), entropies)
+    assert turns == len(engine.heard)
+
+
+@pytest.mark.parametrize("mode", ["full", "window"])
+def test_an_episode_is_the_same_alone_and_in_a_batch(mode):
+    tasks = [RolloutTask(f"task-{n}", 3, 10 + n) for n in range(5)]
+    together, _ = babble(tasks, slots=6, context=mode)
+    alone = [babble([task], slots=1, context=mode)[0][0] for task in tasks]
+    assert dumped(together) == dumped(alone)
+
+
+def test_batches_do_not_depend_on_the_order_in_which_worlds_answer():
+    tasks = [RolloutTask(f"task-{n}", 3, n) for n in range(4)]
+    trees, engine = babble(tasks, slots=5, shuffle=1)
+    again, other = babble(tasks, slots=5, shuffle=2)
+    assert dumped(trees) == dumped(again)
+    assert engine.batches == other.batches
+
+
+def test_two_cohorts_take_turns_and_freed_slots_are_filled():
+    _, engine = babble([RolloutTask("task", 12, 0)], slots=6)
+    assert [len(batch) for batch in engine.batches[:4]] == [3, 3, 3, 3]
+    assert len(engine.heard) > 12
+
+
+def test_a_group_starts_at_one_prompt_and_its_members_differ():
+    trees, _ = babble([RolloutTask("task", 4, 5)])
+    tree = trees[0]
+    assert len(tree.children(-1)) == 1 and len(tree.children(0)) == 4
+    assert len({tree.tokens(trajectory.leaves[0]).tobytes() for trajectory in tree.trajectories}) == 4
+
+
+def test_an_unclosed_action_is_closed_by_the_observation_after_it():
+    trees, _ = babble([RolloutTask("task", 16, 1)])
+    end = TOKENIZER.convert_tokens_to_ids(END)
+    seen = set()
+    for node in trees[0].nodes:
+        if node.role == "observation":
+            cut = trees[0].nodes[node.parent].tokens[-1] != end
+            assert (node.tokens[0] == end) == cut
+            assert not node.sampled and node.turn == trees[0].nodes[node.parent].turn
+            seen.add(bool(cut))
+    assert seen == {True, False}
+
+
+def test_finished_sequences_are_released_once():
+    for mode in ("full", "window"):
+        trees, engine = babble([RolloutTask("task", 5, 2)], context=mode)
+        ends = [trees[0].tokens(trajectory.leaves[-1]) for trajectory in trees[0].trajectories]
+        assert sorted(engine.released) == sorted(tokens[:-1].tolist() for tokens in ends)
+
+
+def test_a_broken_world_leaves_a_failed_trajectory_and_spares_the_others():
+    tasks = [RolloutTask(name, 2, n) for n, name in enumerate(["unreadable", "task", "crashing"])]
+    trees, _ = babble(tasks, slots=3)
+    unreadable, fine, crashing = trees
+    assert [trajectory.leaves for trajectory in unreadable.trajectories] == [(), ()]
+    for trajectory in (*unreadable.trajectories, *crashing.trajectories):
+        assert trajectory.failed and trajectory.reward == 0.0 and not trajectory.won
+        assert trajectory.info["error"] == "the world broke"
+    assert [trajectory.turns for trajectory in crashing.trajectories] == [3, 3]
+    assert dumped([fine]) == dumped(babble([tasks[1]])[0])
+
+
+def test_a_full_context_truncates_the_episode():
+    (tree,), _ = babble([RolloutTask("task", 6, 0)], max_context_tokens=30)
+    cut = [trajectory for trajectory in tree.trajectories if trajectory.info.get("overflow")]
+    assert cut and all(t.truncated and not t.won and 0 < t.turns < TURNS for t in cut)
+    assert all(len(tree.tokens(trajectory.leaves[0])) <= 30 for trajectory in tree.trajectories)
+
+
+def test_a_first_prompt_that_does_not_fit_is_an_error_that_names_the_option():
+    with pytest.raises(UsageError, match="max_context_tokens=12"):
+        babble([RolloutTask("task", 1, 0)], max_context_tokens=12)
+
+
+def play(policy, tasks, *, slots=4, **options):
+    return rollout(
+        policy,
+        InlinePool(slots),
+        PlainFormat(TOKENIZER),
+        tasks,
+        split="train",
+        max_context_tokens=400,
+        **options,
+    )
+
+
+def test_the_expert_wins_and_is_sampled_with_probability_one():
+    (tree,) = play(ExpertPolicy(PlainFormat(TOKENIZER)), [RolloutTask("task", 2, 0)])
+    for trajectory in tree.trajectories:
+        assert (trajectory.won, trajectory.reward, trajectory.turns) == (True, 1.0, 2)
+        assert trajectory.score == 1.0 and not trajectory.truncated
+        leaf = trajectory.leaves[0]
+        spoken = tree.tokens(leaf)[tree.mask(leaf)]
+        assert TOKENIZER.decode(spoken) == "go right <end> go right <end>"
+        assert not tree.logprobs(leaf).any()
+        assert [node.reward for node in tree.path(leaf) if node.role == "action"] == [0.0, 1.0]
+
+
+def test_noise_plays_admissible_commands_that_are_not_sampled():
+    (tree,) = play(ExpertPolicy(PlainFormat(TOKENIZER), noise=0.5), [RolloutTask("task", 40, 0)])
+    actions = [node for node in tree.nodes if node.role == "action"]
+    noise = [node.text for node in actions if not node.sampled]
+    assert set(noise) == set(COMMANDS)
+    assert {node.text for node in actions if node.sampled} == {"go right"}
+    assert 0.4 < len(noise) / len(actions) < 0.6
+    assert all(trajectory.info["invalid"] == 0 for trajectory in tree.trajectories)
+
+
+def test_random_play_is_never_sampled_and_repeats_with_its_seed():
+    policy = RandomPolicy(PlainFormat(TOKENIZER))
+    trees = play(policy, [RolloutTask("task", 8, 3)])
+    assert not any(node.sampled for node in trees[0].nodes)
+    assert dumped(trees) == dumped(play(policy, [RolloutTask("task", 8, 3)], slots=1))
+
+
+def test_progress_counts_what_happened():
+    reports = []
+    (tree,) = play(ExpertPolicy(PlainFormat(TOKENIZER)), [RolloutTask("task", 5, 0)], progress=reports.append)
+    last = reports[-1]
+    assert (last.episodes, last.total, last.won, last.env_steps, last.tokens) == (5, 5, 5, 10, 30)
+    assert [report.episodes for report in reports] == sorted(report.episodes for report in reports)
+    assert len(tree.trajectories) == 5
+
+
+def test_nothing_to_play_gives_no_trees():
+    assert play(ExpertPolicy(PlainFormat(TOKENIZER)), []) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": "windows"}, "did you mean 'window'"),
+        ({"window": -1}, "window is -1"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(UsageError, match=message):
+        play(ExpertPolicy(PlainFormat(TOKENIZER)), [RolloutTask("task", 1, 0)], **options)
+
+
+def test_wrong_groups_and_noise_are_named():
+    with pytest.raises(UsageError, match="group of 1 or more"):
+        play(ExpertPolicy(PlainFormat(TOKENIZER)), [RolloutTask("task", 0, 0)])
+    with pytest.raises(UsageError, match="probability"):
+        ExpertPolicy(PlainFormat(TOKENIZER), noise=1.5)

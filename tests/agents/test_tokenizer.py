@@ -1,0 +1,83 @@
+"""The word tokenizer depends on the text alone and gives commands back exactly."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from agentropy.agents.tokenizer import SPECIAL_TOKENS, build_word_tokenizer
+
+TEXTS = [
+    "You are in the middle of a room. Looking quickly around you, you see a cabinet 12, and a fridge 1.",
+    "Your task is to: put a hot potato in fridge.",
+    "You open the fridge 1. The fridge 1 is open. In it, you see nothing.",
+    "go to cabinet 12",
+    "go to fridge 1",
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_word_tokenizer(TEXTS)
+
+
+def words(tokenizer, text):
+    return tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+
+
+def test_special_tokens_come_first_and_the_newline_after_them(tokenizer):
+    assert tokenizer.convert_ids_to_tokens(range(7)) == [*SPECIAL_TOKENS, "\n"]
+    assert (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id) == (0, 1, 2)
+    assert tokenizer.eos_token == "<end>"
+
+
+def test_vocabulary_is_ordered_by_frequency_then_alphabet():
+    tokenizer = build_word_tokenizer(["b b a", "c a b", "d"])
+    assert tokenizer.convert_ids_to_tokens(range(7, len(tokenizer))) == ["b", "a", "c", "d"]
+    assert len(build_word_tokenizer(["b b a", "c a b", "d"], min_count=2)) == 9
+
+
+def test_order_of_texts_does_not_matter(tokenizer):
+    shuffled = random.Random(0).sample(TEXTS, len(TEXTS))
+    assert build_word_tokenizer(shuffled).get_vocab() == tokenizer.get_vocab()
+
+
+def test_numbers_are_words_of_their_own(tokenizer):
+    ids = tokenizer("go to cabinet 12")["input_ids"]
+    assert len(ids) == 4
+    assert tokenizer.decode(ids) == "go to cabinet 12"
+
+
+def test_text_is_lower_cased_and_punctuation_splits(tokenizer):
+    assert words(tokenizer, "You see:  a cabinet 12.\n\nFridge") == [
+        *("you", "see", ":", "a", "cabinet", "12", "."),
+        *("\n", "\n", "fridge"),
+    ]
+
+
+@given(st.lists(st.sampled_from(["go", "to", "cabinet", "fridge", "1", "12"]), min_size=1))
+def test_decoding_undoes_encoding_of_commands(tokenizer, parts):
+    command = " ".join(parts)
+    assert tokenizer.decode(tokenizer(command)["input_ids"]) == command
+
+
+def test_inner_hyphens_and_apostrophes_stay_inside_a_word():
+    tokenizer = build_word_tokenizer(["take t-shirt", "don't look in/on agent_1"])
+    assert words(tokenizer, "don't take t-shirt in/on agent_1") == [
+        *("don't", "take", "t-shirt", "in", "/", "on", "agent_1")
+    ]
+
+
+def test_unknown_words_become_unk(tokenizer):
+    assert words(tokenizer, "go to spaceship 99") == ["go", "to", "<unk>", "<unk>"]
+
+
+def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<bos> You open the cabinet 12.\nxyz <act> go to fridge 1 <end>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.decode(again("go to fridge 1")["input_ids"]) == "go to fridge 1"
+    assert (again.pad_token, again.bos_token, again.eos_token) == ("<pad>", "<bos>", "<end>")

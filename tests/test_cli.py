@@ -1,0 +1,85 @@
+"""The command line: wrong input is one sentence before anything expensive starts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from agentropy.cli import main
+from agentropy.config import load_config
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "agentropy", *arguments], capture_output=True, text=True, input=stdin, timeout=300
+    )
+
+
+def test_a_dry_run_prints_a_configuration_that_reads_back(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["train", "--algorithm", "grpo", "--steps", "7", "--set", "train.lr=0.01", "--dry-run"]) == 0
+    path = tmp_path / "run.toml"
+    path.write_text(capsys.readouterr().out)
+    config = load_config(path)
+    assert (config.algorithm.name, config.train.steps, config.train.lr) == ("grpo", 7, 0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--set", "train.stps=3"], "did you mean 'steps'"),
+        (["train", "--algorithm", "egpo"], "did you mean 'epo'"),
+        (["train", "--algorithm", "epo", "--preset", "papr"], "did you mean 'paper'"),
+        (["train", "--set", "algorithm.overrides.alfa=1"], "did you mean 'alpha'"),
+        (["train", "--env", "agentropy/ALFWord-v0"], "ALFWorld-v0"),
+        (["train", "--set", "env.train_split=trian"], "did you mean 'train'"),
+        (["train", "--set", "env.kwargs.sauce=1"], "sauce"),
+        (["train", "--source", "pack", "--data", "/nowhere/games.jsonl.xz"], "/nowhere/games.jsonl.xz"),
+        (["train", "--model", "/nowhere/model"], "/nowhere/model"),
+        (["train", "--resume", "/nowhere"], "holds no run"),
+        (["train", "--resume", "/nowhere", "--steps", "3"], "--resume takes no other options"),
+        (["eval", "/nowhere", "--split", "valid_seen"], "/nowhere"),
+        (["eval", "/nowhere", "--split", "valid_sen"], "did you mean 'valid_seen'"),
+        (["play", "--agent", "expert", "--task", "pick_nothing"], "pick_nothing"),
+        (["data", "pack", "/nowhere", "/nowhere/out"], "/nowhere"),
+        (["recipes", "grop"], "did you mean 'grpo'"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("agentropy: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_split_is_a_required_word() -> None:
+    done = run("eval", "somewhere")
+    assert done.returncode == 2 and "--split" in done.stderr
+
+
+def test_the_expert_wins_in_the_terminal() -> None:
+    done = run("play", "--agent", "expert", "--seed", "5")
+    assert done.returncode == 0, done.stderr
+    assert "won after" in done.stdout and "Your task is to:" in done.stdout
+
+
+def test_a_person_can_play_ask_for_commands_and_leave() -> None:
+    done = run("play", stdin="?\nlook\nfly away\n")
+    assert done.returncode == 0, done.stderr
+    assert "Nothing happens." in done.stdout and "left the game" in done.stdout
+
+
+def test_recipes_are_listed_and_shown() -> None:
+    listed = run("recipes")
+    assert {"grpo", "epo"} <= {line.split()[0] for line in listed.stdout.splitlines()}
+    assert "2509.22576" in run("recipes", "epo").stdout

@@ -1,0 +1,72 @@
+"""The configuration: one schema, TOML in and out, and errors that name the nearest key."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agentropy.config import PretrainedModelConfig, RunConfig, SmallModelConfig, load_config, to_toml
+from agentropy.errors import UsageError
+
+
+def test_defaults_are_valid_and_survive_a_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(to_toml(RunConfig()))
+    assert load_config(path) == RunConfig()
+
+
+@given(
+    data=st.dictionaries(
+        st.text(min_size=1), st.one_of(st.text(), st.integers(-(2**53), 2**53), st.booleans(), st.lists(st.text()))
+    ),
+    run_dir=st.text(min_size=1),
+)
+def test_any_values_survive_a_round_trip(data: dict[str, object], run_dir: str) -> None:
+    config = RunConfig.model_validate({"env": {"kwargs": data}, "run_dir": run_dir})
+    assert RunConfig.model_validate(tomllib.loads(to_toml(config))) == config
+
+
+def test_later_overrides_win_and_values_are_typed(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("seed = 1\n[train]\nsteps = 5\nlr = 0.5\n")
+    config = load_config(path, ["train.steps=6", "train.steps=7", "env.kwargs.source=pack", "algorithm.name=grpo"])
+    assert (config.seed, config.train.steps, config.train.lr) == (1, 7, 0.5)
+    assert config.env.kwargs == {"source": "pack"}
+    assert config.algorithm.name == "grpo"
+
+
+def test_the_model_section_is_small_unless_it_names_a_path() -> None:
+    assert isinstance(load_config(None, ["model.hidden=64"]).model, SmallModelConfig)
+    assert isinstance(load_config(None, ["model.path=some/model"]).model, PretrainedModelConfig)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stps=3", "unknown option 'train.stps'; did you mean 'steps'"),
+        ("trian.steps=3", "unknown option 'trian'; did you mean 'train'"),
+        ("model.hiden=64", "unknown option 'model.hiden'; did you mean 'hidden'"),
+        ("model.type=smal", "expected 'small' or 'pretrained'"),
+        ("train.lr=-1", "option 'train.lr': input should be greater than 0, not -1"),
+        ("train=3", "option 'train'"),
+        ("seed.x.y=3", "option 'seed'"),
+        ("steps", "is not an override; expected section.key=value"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence_that_names_the_way_out(override: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message.replace("(", r"\(")) as caught:
+        load_config(None, [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"absent\.toml"):
+        load_config(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("a = = 1")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        load_config(broken)

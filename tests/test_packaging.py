@@ -1,0 +1,224 @@
+"""The wheel holds the whole package and nothing else, and works when it is installed alone."""
+
+import ast
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).parents[1]
+NOT_SOURCE = shutil.ignore_patterns(
+    ".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist", "runs"
+)
+
+
+@pytest.fixture(scope="module")
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a clean copy of the sources, so that no earlier build can lend the wheel a file."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("source") / "tree", ignore=NOT_SOURCE))
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    # Building leaves its own files behind: not among the sources that the tests compare with.
+    copy = shutil.copytree(tree, tmp_path_factory.mktemp("build") / "tree")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (built,) = out.glob("agentropy-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def contents(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return set(archive.namelist())
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder that holds the installed wheel alone; its dependencies are this interpreter's."""
+    target = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
+    subprocess.run(command, check=True)
+    return target
+
+
+def run_installed(installed: Path, code: str) -> str:
+    """Run ``code`` against the installed wheel, in a folder where no other copy of the package can be found."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=installed.parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def package_folders(tree: Path, project: dict) -> dict[str, Path]:
+    names = project["tool"]["setuptools"]["packages"]
+    return {name: tree.joinpath(*name.split(".")[1:]) for name in names}
+
+
+def modules_of(contents: set[str]) -> list[str]:
+    files = sorted(name for name in contents if name.startswith("agentropy/") and name.endswith(".py"))
+    return [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files]
+
+
+def test_every_folder_with_an_init_is_a_listed_package(tree, project):
+    inits = (file.parent.relative_to(tree) for file in tree.rglob("__init__.py"))
+    found = {".".join(("agentropy", *folder.parts)) for folder in inits if folder.parts[:1] != ("tests",)}
+    assert found == set(project["tool"]["setuptools"]["packages"])
+
+
+def test_the_tests_are_no_package(tree):
+    assert not list((tree / "tests").rglob("__init__.py"))
+
+
+def test_the_wheel_has_every_source_file(tree, project, contents):
+    folders = package_folders(tree, project)
+    expected = {
+        f"{name.replace('.', '/')}/{file.name}" for name, folder in folders.items() for file in folder.glob("*.py")
+    }
+    assert expected <= contents
+    loose = {
+        file.relative_to(tree)
+        for folder in tree.iterdir()
+        if folder.is_dir() and folder.name != "tests" and not folder.name.startswith(".")
+        for file in folder.rglob("*.py")
+        if file.parent not in folders.values()
+    }
+    assert not loose, "source files in no package"
+
+
+def test_the_wheel_has_every_data_file(tree, project, contents):
+    expected = {"agentropy/py.typed"}
+    for name, folder in package_folders(tree, project).items():
+        if name == "agentropy":
+            continue  # beside the root's modules lie the project's own files, which are no package data
+        for file in folder.iterdir():
+            if file.is_file() and file.suffix not in (".py", ".md"):
+                expected.add(f"{name.replace('.', '/')}/{file.name}")
+    assert expected <= contents
+
+
+def test_the_wheel_has_nothing_but_the_package(contents, tree, project):
+    packages = {name.replace(".", "/") for name in package_folders(tree, project)}
+    strangers = {
+        name
+        for name in contents
+        if not name.split("/")[0].endswith(".dist-info") and str(Path(name).parent) not in packages
+    }
+    assert not strangers
+    root = {Path(name).name for name in contents if str(Path(name).parent) == "agentropy"}
+    assert root == {file.name for file in tree.glob("*.py")} | {"py.typed"}
+
+
+def test_the_wheel_carries_its_licence_and_entry_points(wheel, tree):
+    with zipfile.ZipFile(wheel) as archive:
+        (info,) = {name.split("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+        licence = archive.read(f"{info}/licenses/LICENSE").decode()
+        entry_points = archive.read(f"{info}/entry_points.txt").decode()
+        about = archive.read(f"{info}/METADATA").decode()
+    assert licence == (tree / "LICENSE").read_text()
+    assert licence.split()[:4] == ["Apache", "License", "Version", "2.0,"]
+    assert "License-Expression: Apache-2.0" in about
+    assert "agentropy = agentropy.cli:main" in entry_points
+    assert "agentropy = agentropy.envs:register" in entry_points
+
+
+def test_the_wheel_alone_imports_every_module(installed, contents):
+    modules = modules_of(contents)
+    assert {"agentropy", "agentropy.cli", "agentropy.envs.pool"} <= set(modules)
+    code = (
+        "import importlib\n"
+        f"for name in {modules!r}:\n"
+        "    print(name, importlib.import_module(name).__file__, sep='\\t')\n"
+    )
+    origins = dict(line.split("\t") for line in run_installed(installed, code).splitlines() if "\t" in line)
+    assert list(origins) == modules
+    elsewhere = {name: file for name, file in origins.items() if not Path(file).is_relative_to(installed)}
+    assert not elsewhere, "imported from another copy of the package"
+
+
+def test_gymnasium_finds_the_environments_by_the_module_in_their_name(installed):
+    code = (
+        "import gymnasium, sys\n"
+        "spec = gymnasium.make('agentropy.envs:agentropy/ALFWorld-v0').spec\n"
+        "print(spec.id, sys.modules['agentropy'].__file__, 'torch' in sys.modules)\n"
+    )
+    name, origin, torch_loaded = run_installed(installed, code).split()
+    assert name == "agentropy/ALFWorld-v0"
+    assert Path(origin).is_relative_to(installed)
+    assert torch_loaded == "False"
+
+
+def test_the_entry_point_registers_the_environments(installed):
+    code = (
+        "import gymnasium\n"
+        "from importlib.metadata import entry_points\n"
+        "entry_points(group='gymnasium.envs')['agentropy'].load()()\n"
+        "print('agentropy/ALFWorld-v0' in gymnasium.registry)\n"
+    )
+    assert run_installed(installed, code).strip() == "True"
+
+
+def test_the_version_is_the_same_everywhere(project, wheel):
+    version = project["project"]["version"]
+    source = ast.parse((ROOT / "__init__.py").read_text())
+    (assigned,) = (node for node in source.body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(assigned.value) == version
+    assert wheel.name.split("-")[1] == version
+
+
+def closure(requirements: list[str], extras: frozenset[str]) -> set[str]:
+    """Return every distribution that an installation of ``requirements`` brings, by the installed metadata."""
+    found: set[str] = set()
+    todo = [(Requirement(line), extras) for line in requirements]
+    while todo:
+        requirement, active = todo.pop()
+        if requirement.marker and not any(requirement.marker.evaluate({"extra": extra}) for extra in active | {""}):
+            continue
+        name = requirement.name.lower().replace("_", "-")
+        if name in found:
+            continue
+        found.add(name)
+        inner = frozenset(requirement.extras)
+        todo += [(Requirement(line), inner) for line in metadata.requires(requirement.name) or []]
+    return found
+
+
+@pytest.mark.parametrize("extra", [None, "alfworld"])
+def test_the_environments_install_without_torch(project, extra):
+    table = project["project"]
+    requirements = [*table["dependencies"], *(table["optional-dependencies"][extra] if extra else [])]
+    brought = closure(requirements, frozenset())
+    assert {"gymnasium", "numpy"} <= brought
+    assert not brought & {"torch", "transformers", "tokenizers", "triton"}
+
+
+def test_constraints_pin_what_the_extras_ask_for(project):
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line]
+    pinned = {pin.name.lower(): pin for pin in pins}
+    assert str(pinned["torch"].specifier) == "==2.13.0"
+    table = project["project"]
+    asked = [
+        *table["dependencies"],
+        *(line for extra in ("train", "alfworld", "dev") for line in table["optional-dependencies"][extra]),
+    ]
+    for requirement in map(Requirement, asked):
+        if requirement.name != "agentropy":
+            (pin,) = pinned[requirement.name.lower()].specifier
+            assert pin.operator == "=="
+            assert requirement.specifier.contains(pin.version), f"{requirement} but pinned to {pin}"
