@@ -1,0 +1,7 @@
+"""From observations to actions; importing this package loads nothing.
+
+- ``tree``: trajectories, each token stored once.
+- ``tokenizer``, ``models``, ``formats``: words, weights, and messages as tokens.
+- ``engines``: generation.
+- ``policies``, ``rollout``: who plays, and the loop that writes the trees.
+"""

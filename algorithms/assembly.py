@@ -17,6 +17,7 @@ import gymnasium
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from ..agents.engines.base import Engine, SamplingParams
 from ..agents.engines.torch_engine import TorchEngine
@@ -40,13 +41,14 @@ class Agent:
 
 
 def prepare_device(config: RunConfig) -> torch.device:
-    """The device that the configuration names, with torch's threads set.
+    """The device that the configuration names, with torch's threads set and progress bars of libraries off.
 
     Raises:
         UsageError: ``cuda`` is asked for and absent.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("device 'cuda' is not available here; use --device cpu, or see `agentropy doctor`")
+    logging.disable_progress_bar()  # a bar in the middle of the live table would tear it
     torch.set_num_threads(config.threads or os.cpu_count() or 1)
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -125,17 +125,22 @@ class Minibatch:
         return self.replace(**{name: value.to(device) for name, value in self._tensors()})
 
     def microbatches(self, max_tokens: int) -> Iterator[Tensor]:
-        """Row indices, longest rows first, such that rows x longest extent stays within ``max_tokens``.
+        """Row indices of parts, longest rows first; rows x longest extent stays within ``max_tokens``.
 
-        Rows without a trained token are left out. A single row longer than the budget goes alone.
+        A part holds rows of similar extent, so that at most a quarter of it is padding. Rows without a trained
+        token are left out. A row longer than the budget goes alone.
         """
         extent = self.extent.tolist()
         order = sorted((row for row in range(len(self)) if extent[row]), key=lambda row: -extent[row])
-        start = 0
-        while start < len(order):
-            size = max(1, max_tokens // extent[order[start]])
-            yield torch.tensor(order[start : start + size])
-            start += size
+        part: list[int] = []
+        for row in order:
+            longest = extent[part[0]] if part else 0
+            if part and ((len(part) + 1) * longest > max_tokens or 4 * extent[row] < 3 * longest):
+                yield torch.tensor(part)
+                part = []
+            part.append(row)
+        if part:
+            yield torch.tensor(part)
 
     @classmethod
     def from_trees(cls, trees: Sequence[Tree]) -> Minibatch:

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from ..errors import UsageError
 
@@ -42,11 +41,7 @@ def save_checkpoint(
     target, temporary = parent / name, parent / f".{name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # A bar in the middle of the live table would tear it.
     model.save_pretrained(temporary)
-    if shown:
-        logging.enable_progress_bar()
     tokenizer.save_pretrained(temporary)
     tensors: dict[str, torch.Tensor] = {}
     plain = {"version": FORMAT_VERSION, "state": _pack(state, tensors)}

@@ -3,11 +3,11 @@
 - ``LearnerConfig``: the optimiser's settings.
 - ``Learner``: ``update`` by a recipe, ``sft_update`` by imitation, ``score`` without learning.
 
-Micro-batches only bound memory: the recipe plans once over the whole batch, and the losses of the parts add
-up to the batch's. An *optimiser* minibatch, too, keeps the batch's plan: its loss is scaled by (rows of the
-batch / rows of the minibatch). So every token has the same weight wherever the shuffle puts it, and the
-expected gradient is the batch's. A denominator per minibatch, as in verl, would give more weight to tokens
-that share a minibatch with short episodes.
+Micro-batches only bound memory: the recipe plans once over the whole batch, and the losses of the parts add up
+to the batch's. An *optimiser* minibatch, too, keeps the batch's plan, and its loss is scaled by the number of
+minibatches. So every token has the same weight wherever the shuffle puts it, and the losses of an epoch average
+to the batch's. A denominator per minibatch, as in verl, would give more weight to tokens that share a minibatch
+with short episodes.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .batch import Minibatch
 from .forward import token_statistics
-from .recipe import Recipe, merge_metrics
+from .recipe import Plan, Recipe, merge_metrics
 
 Generator = torch.Generator | np.random.Generator
-PartLoss = Callable[[Minibatch, Tensor, int, Tensor, Tensor], tuple[Tensor, Mapping[str, Tensor]]]
+Metrics = Mapping[str, Tensor]
+Objective = Callable[[Minibatch, Tensor, int, Tensor, Tensor], tuple[Tensor, Metrics]]
+"""``(part, its rows in the minibatch, its width, logprobs, entropy) → (loss, metrics)``, both additive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,36 +113,32 @@ class Learner:
         batch = batch.to(self.device)
         plan = recipe.plan(batch)
         active = batch.mask.any(1).nonzero()[:, 0].cpu()
-        steps: list[dict[str, Tensor]] = []
-        for rows in self._minibatches(active, generator):
-            part_plan, scale = plan.select(rows), len(active) / len(rows)
-
-            def loss(
-                part: Minibatch, index: Tensor, width: int, logprobs: Tensor, entropy: Tensor
-            ) -> tuple[Tensor, Mapping[str, Tensor]]:
-                value, metrics = recipe.loss(part, part_plan.select(index, width), logprobs, entropy)  # noqa: B023
-                scaled = {
-                    name: item if name.endswith("/max") else item * scale  # noqa: B023
-                    for name, item in metrics.items()
-                }
-                return value * scale, scaled  # noqa: B023
-
-            steps.append(self._optimise(batch.select(rows), loss))
+        pieces = min(self.config.minibatches, len(active))
+        steps = [
+            self._optimise(batch.select(rows), _recipe_objective(recipe, plan.select(rows), pieces))
+            for rows in self._minibatches(active, pieces, generator)
+        ]
         return _mean_metrics(steps) | dict(plan.metrics) | self._report(batch, started, self.config.epochs)
 
     def sft_update(self, batch: Minibatch) -> dict[str, float]:
-        """One optimiser step on the mean negative log-likelihood of the trained tokens of ``batch``."""
+        """One optimiser step on the mean negative log-likelihood of the trained tokens of ``batch``.
+
+        Raises:
+            UsageError: there are none.
+        """
         started = time.perf_counter()
         batch = batch.to(self.device)
-        tokens = batch.mask.sum().clamp(min=1)
+        tokens = batch.mask.sum()
+        if not tokens:
+            raise UsageError("there is nothing to imitate: no token of the batch is marked as trained")
 
-        def loss(
-            part: Minibatch, index: Tensor, width: int, logprobs: Tensor, entropy: Tensor
-        ) -> tuple[Tensor, Mapping[str, Tensor]]:
-            value = -logprobs.sum() / tokens
-            return value, {"loss": value.detach(), "entropy/action_mean": entropy.detach().sum() / tokens}
+        def objective(
+            part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+        ) -> tuple[Tensor, Metrics]:
+            loss = -logprobs.sum() / tokens
+            return loss, {"loss": loss.detach(), "entropy/action_mean": entropy.detach().sum() / tokens}
 
-        return _mean_metrics([self._optimise(batch, loss)]) | self._report(batch, started, 1)
+        return _mean_metrics([self._optimise(batch, objective)]) | self._report(batch, started, 1)
 
     @torch.no_grad()
     def score(self, batch: Minibatch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
@@ -162,8 +160,7 @@ class Learner:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
-    def _minibatches(self, rows: Tensor, generator: Generator | None) -> Iterator[Tensor]:
-        pieces = min(self.config.minibatches, len(rows))
+    def _minibatches(self, rows: Tensor, pieces: int, generator: Generator | None) -> Iterator[Tensor]:
         if pieces > 1 and generator is None:
             raise UsageError("more than one minibatch needs a generator to shuffle the rows with")
         for _ in range(self.config.epochs if pieces else 0):
@@ -189,19 +186,23 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return token_statistics(model, part.tokens, part.mask, temperature=self.config.temperature)
 
-    def _optimise(self, batch: Minibatch, part_loss: PartLoss) -> dict[str, Tensor]:
-        """Accumulate the gradients of the parts and take one step, unless the gradient is not finite."""
-        parts: list[Mapping[str, Tensor]] = []
+    def _optimise(self, batch: Minibatch, objective: Objective) -> dict[str, Tensor]:
+        """Accumulate the gradients of the parts and take one step, unless loss or gradient is not finite.
+
+        Both are looked at because the clamp of the log-ratio turns the gradient of a NaN into 0.
+        """
+        parts: list[Metrics] = []
         for rows, width, part in self._parts(batch):
-            loss, metrics = part_loss(part, rows, width, *self._forward(self.model, part))
+            loss, metrics = objective(part, rows, width, *self._forward(self.model, part))
             loss.backward()
             parts.append(metrics)
+        merged = merge_metrics(parts)
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         lr = self.config.lr_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        finite = bool(norm.isfinite())
+        finite = bool(norm.isfinite() & merged["loss"].isfinite())
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -212,7 +213,7 @@ class Learner:
             "lr": torch.tensor(lr),
             "skipped": torch.tensor(float(not finite)),
         }
-        return merge_metrics(parts) | outcome
+        return merged | outcome
 
     def _report(self, batch: Minibatch, started: float, epochs: int) -> dict[str, float]:
         seconds = time.perf_counter() - started
@@ -221,6 +222,17 @@ class Learner:
             "tokens_per_second": float(batch.extent.sum()) * epochs / seconds,
             "update_seconds": seconds,
         }
+
+
+def _recipe_objective(recipe: Recipe, plan: Plan, scale: int) -> Objective:
+    def objective(
+        part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+    ) -> tuple[Tensor, Metrics]:
+        loss, metrics = recipe.loss(part, plan.select(rows, width), logprobs, entropy)
+        scaled = {name: value if name.endswith("/max") else value * scale for name, value in metrics.items()}
+        return loss * scale, scaled
+
+    return objective
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -233,7 +245,7 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
     return [group for group in groups if group["params"]]
 
 
-def _mean_metrics(steps: Sequence[Mapping[str, Tensor]]) -> dict[str, float]:
+def _mean_metrics(steps: Sequence[Metrics]) -> dict[str, float]:
     """Means over optimiser steps, of the finite values where there are any; maxima for names ending in
     ``/max``."""
     means: dict[str, float] = {}

@@ -150,9 +150,7 @@ class Recipe:
         for weight in slots.weights:
             factor, kept = weight(batch, advantages)
             weights, keep = weights * factor, keep & kept
-        coefficients = torch.where(
-            keep, slots.aggregation(batch, keep) * weights * slots.stream(batch)[:, None], 0
-        )
+        coefficients = torch.where(keep, slots.aggregation(batch, keep) * weights * slots.stream(batch)[:, None], 0)
         scalars: dict[str, Any] = {}
         for controller in slots.controllers:
             scalars |= controller.begin(batch, self.step)
@@ -253,9 +251,7 @@ def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
             if name not in merged:
                 merged[name] = value
             else:
-                merged[name] = (
-                    torch.maximum(merged[name], value) if name.endswith("/max") else merged[name] + value
-                )
+                merged[name] = torch.maximum(merged[name], value) if name.endswith("/max") else merged[name] + value
     return merged
 
 

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ..envs.pool import usable_cores
+
 
 def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Describe this machine; ``packages`` names the distributions whose versions matter (None where absent)."""
@@ -38,11 +40,6 @@ def summary(machine: dict[str, Any]) -> str:
         f"{machine['cpu']}, {machine['usable_cores']} cores, load {machine['load_average']}, "
         f"Python {machine['python']}, commit {machine['git_commit'] or 'unknown'}"
     )
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

@@ -3,6 +3,7 @@
 - ``EnvPool``: asynchronous ``reset``, ``step``, ``restore`` and ``fork`` on numbered slots, and ``wait``.
 - ``EnvResult``: what one of them came to.
 - ``PoolSnapshot``: an episode that can be continued in any slot.
+- ``usable_cores``: how many workers make sense.
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ class EnvPool:
         env_kwargs: arguments of ``gymnasium.make``.
         num_envs: the number of slots.
         num_workers: the number of processes; by default one for each core that this process may use.
-        timeout: seconds after which a call, or the making of an environment, counts as hung.
+        timeout: seconds after which one call counts as hung.
+        start_timeout: the same for the start of a worker, which imports and makes its first environment.
 
     Raises:
         UsageError: an argument is out of range or cannot be sent to another process.
@@ -127,21 +129,26 @@ class EnvPool:
         num_envs: int,
         num_workers: int | None = None,
         timeout: float = 120.0,
+        start_timeout: float = 120.0,
     ) -> None:
-        if num_envs < 1 or (num_workers is not None and num_workers < 1) or not timeout > 0:
+        if (
+            num_envs < 1
+            or (num_workers is not None and num_workers < 1)
+            or not min(timeout, start_timeout) > 0
+        ):
             raise UsageError(
-                "a pool needs num_envs >= 1, num_workers >= 1 and timeout > 0, "
-                f"not num_envs={num_envs}, num_workers={num_workers}, timeout={timeout}"
+                "a pool needs num_envs >= 1, num_workers >= 1, timeout > 0 and start_timeout > 0, "
+                f"not {num_envs=}, {num_workers=}, {timeout=}, {start_timeout=}"
             )
         setup = _setup(env_id, dict(env_kwargs or {}))
-        count = min(num_workers or _usable_cores(), num_envs)
+        count = min(num_workers or usable_cores(), num_envs)
         self.env_id = env_id
         self.num_envs = num_envs
         self.num_workers = count
         self._slots = [_Slot() for _ in range(num_envs)]
         self._homes: dict[str, int] = {}
         self._finished: deque[EnvResult] = deque()
-        self._workers = [WorkerProcess(index, setup, timeout) for index in range(count)]
+        self._workers = [WorkerProcess(index, setup, timeout, start_timeout) for index in range(count)]
         self._selector = selectors.DefaultSelector()
         self._finalizer = weakref.finalize(self, _State(self._workers, self._selector).close)
         try:
@@ -395,7 +402,8 @@ class EnvPool:
         return results
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """The number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

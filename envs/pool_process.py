@@ -47,21 +47,23 @@ class Call:
 
 
 class WorkerProcess:
-    """One worker, restartable. A worker that works on one request for ``timeout`` seconds counts as hung.
+    """One worker, restartable. One that takes ``timeout`` seconds for a request, or ``start_timeout`` to start, hangs.
 
     The interpreter is started afresh (``fork`` would copy torch's threads in an undefined state) and, unlike
     multiprocessing's spawn, never imports the parent's main module: scripts need no ``__main__`` guard, and
     ``python -c`` and standard input work.
     """
 
-    def __init__(self, index: int, setup: Setup, timeout: float) -> None:
+    def __init__(self, index: int, setup: Setup, timeout: float, start_timeout: float) -> None:
         self.index = index
         self.calls: deque[Call] = deque()
         self.channel: socket.socket | None = None
         self.ready: Ready | None = None
         self._setup = setup
         self._timeout = timeout
+        self._start_timeout = start_timeout
         self._deadline = 0.0
+        self._stuck = False
         self._complaint = ""
 
     def start(self) -> Call:
@@ -70,6 +72,7 @@ class WorkerProcess:
         self.channel.settimeout(self._timeout)
         self._frames = Frames()
         self.ready = None
+        self._stuck = False
         self._complaint = ""
         with other:
             self.process = subprocess.Popen(
@@ -100,18 +103,23 @@ class WorkerProcess:
         data = Frames.encode(message)
         if call is not None:
             if not self.calls:
-                self._deadline = time.monotonic() + self._timeout
+                self._deadline = time.monotonic() + self._patience(call)
             self.calls.append(call)
         try:
             self.channel.sendall(data)
-        except TimeoutError:
-            self._deadline = 0.0
+        except TimeoutError:  # it reads nothing, and now has half a message
+            self._stuck = True
         except OSError:
             pass  # it died: the next read finds the end of the stream, and every call fails there
+
+    def _patience(self, call: Call) -> float:
+        return self._start_timeout if call.op == "start" else self._timeout
 
     @property
     def deadline(self) -> float | None:
         """When the request in progress counts as hung (``time.monotonic``); None where there is none."""
+        if self._stuck:
+            return 0.0
         return self._deadline if self.calls else None
 
     def receive(self) -> tuple[list[Call], bool]:
@@ -143,9 +151,10 @@ class WorkerProcess:
     def bury(self, hung: bool) -> tuple[str, list[Call]]:
         """End the process; return what happened in one sentence, and the calls that it will never answer."""
         name = f"pool worker {self.index} (pid {self.process.pid})"
+        patience = self._patience(self.calls[0]) if self.calls else self._timeout
         code = self.kill(grace=0.0 if hung else _EXIT_SECONDS)
         if hung:
-            reason = f"{name} gave no answer for {self._timeout:g} s and was killed"
+            reason = f"{name} gave no answer for {patience:g} s and was killed"
         elif code < 0:
             reason = f"{name} died: {signal.Signals(-code).name}"
         else:

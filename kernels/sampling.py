@@ -100,9 +100,7 @@ def sample(
         token = tempered.argmax(dim=-1, keepdim=True)
         logprob = tempered.gather(1, token)[:, 0]
         zero = torch.zeros_like(logprob)
-        return Sample(
-            token[:, 0], logprob, logprob, zero, raw_entropy, tempered_entropy, zero, logprob
-        )
+        return Sample(token[:, 0], logprob, logprob, zero, raw_entropy, tempered_entropy, zero, logprob)
 
     keep = _kept(tempered, top_k, top_p)
     kept = tempered if keep is None else tempered.masked_fill(~keep, -torch.inf)

@@ -34,7 +34,7 @@ class Rule:
 
 FOUNDATION = frozenset({"errors", "__init__"})
 RULES = {
-    "envs": Rule(FOUNDATION | {"envs"}, never=TENSORS | MODELS),
+    "envs": Rule(FOUNDATION | {"envs", "registry"}, never=TENSORS | MODELS),
     "kernels": Rule(FOUNDATION | {"kernels"}, only=TENSORS),
     "agents": Rule(FOUNDATION | {"agents", "kernels", "envs.pool"}, never=WORLDS),
     # The trainer makes the pool and reads the configuration; a world is only a Gymnasium id to it.
@@ -42,6 +42,7 @@ RULES = {
     # Read by the command line before anything heavy is loaded.
     "__init__": Rule(frozenset(), only=frozenset()),
     "errors": Rule(frozenset(), only=frozenset()),
+    "registry": Rule(frozenset(), only=frozenset()),
     "config": Rule(FOUNDATION, never=TENSORS | MODELS | WORLDS),
     "doctor": Rule(FOUNDATION, never=TENSORS | MODELS | WORLDS),
 }
@@ -137,6 +138,7 @@ def test_every_import_follows_the_arrows():
         ("kernels.logprob", "from ..agents.tree import Tree"),
         ("errors", "from .config import RunConfig"),
         ("config", "import torch"),
+        ("registry", "import gymnasium"),
         ("__init__", "from . import envs"),
     ],
 )

@@ -1,11 +1,12 @@
 """The wheel holds the whole package and nothing else, and works when it is installed alone."""
 
 import ast
-import os
 import shutil
+import site
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -50,18 +51,23 @@ def contents(wheel: Path) -> set[str]:
 
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder that holds the installed wheel alone; its dependencies are this interpreter's."""
-    target = tmp_path_factory.mktemp("installed")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", target, wheel]
-    subprocess.run(command, check=True)
-    return target
+    """Return the interpreter of a new virtual environment that has the wheel; dependencies are this interpreter's.
+
+    A folder named in a ``.pth`` file has its own such files ignored, so an editable installation stays out of sight.
+    """
+    home = tmp_path_factory.mktemp("installed")
+    venv.create(home, symlinks=True)
+    python = home / "bin" / "python"
+    command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*command, str(wheel)], check=True)
+    (packages,) = home.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    return python
 
 
 def run_installed(installed: Path, code: str) -> str:
-    """Run ``code`` against the installed wheel, in a folder where no other copy of the package can be found."""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [sys.executable, "-P", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=installed.parent)
+    """Run ``code`` with the installed wheel, away from the sources."""
+    done = subprocess.run([installed, "-I", "-c", code], capture_output=True, text=True, cwd=installed.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -92,10 +98,11 @@ def test_the_wheel_has_every_source_file(tree, project, contents):
         f"{name.replace('.', '/')}/{file.name}" for name, folder in folders.items() for file in folder.glob("*.py")
     }
     assert expected <= contents
+    aside = {"tests", *project["build-system"].get("backend-path", [])}
     loose = {
         file.relative_to(tree)
         for folder in tree.iterdir()
-        if folder.is_dir() and folder.name != "tests" and not folder.name.startswith(".")
+        if folder.is_dir() and folder.name not in aside and not folder.name.startswith(".")
         for file in folder.rglob("*.py")
         if file.parent not in folders.values()
     }
@@ -120,7 +127,8 @@ def test_the_wheel_has_nothing_but_the_package(contents, tree, project):
         for name in contents
         if not name.split("/")[0].endswith(".dist-info") and str(Path(name).parent) not in packages
     }
-    assert not strangers
+    # Python reads it at each start, and Gymnasium so learns of the environments.
+    assert strangers == {"agentropy-gymnasium.pth"}
     root = {Path(name).name for name in contents if str(Path(name).parent) == "agentropy"}
     assert root == {file.name for file in tree.glob("*.py")} | {"py.typed"}
 
@@ -148,30 +156,36 @@ def test_the_wheel_alone_imports_every_module(installed, contents):
     )
     origins = dict(line.split("\t") for line in run_installed(installed, code).splitlines() if "\t" in line)
     assert list(origins) == modules
-    elsewhere = {name: file for name, file in origins.items() if not Path(file).is_relative_to(installed)}
+    elsewhere = {name: file for name, file in origins.items() if not Path(file).is_relative_to(installed.parents[1])}
     assert not elsewhere, "imported from another copy of the package"
 
 
-def test_gymnasium_finds_the_environments_by_the_module_in_their_name(installed):
+def test_gymnasium_makes_the_environments_with_nothing_imported_first(installed):
     code = (
         "import gymnasium, sys\n"
-        "spec = gymnasium.make('agentropy.envs:agentropy/ALFWorld-v0').spec\n"
+        "spec = gymnasium.make('agentropy/ALFWorld-v0').spec\n"
         "print(spec.id, sys.modules['agentropy'].__file__, 'torch' in sys.modules)\n"
     )
     name, origin, torch_loaded = run_installed(installed, code).split()
     assert name == "agentropy/ALFWorld-v0"
-    assert Path(origin).is_relative_to(installed)
+    assert Path(origin).is_relative_to(installed.parents[1])
     assert torch_loaded == "False"
 
 
-def test_the_entry_point_registers_the_environments(installed):
+def test_a_start_of_python_loads_little_of_the_package(installed):
     code = (
-        "import gymnasium\n"
-        "from importlib.metadata import entry_points\n"
-        "entry_points(group='gymnasium.envs')['agentropy'].load()()\n"
-        "print('agentropy/ALFWorld-v0' in gymnasium.registry)\n"
+        "import sys; print(*sorted(name for name in sys.modules if name.split('.')[0] in ('agentropy', 'gymnasium')))"
     )
-    assert run_installed(installed, code).strip() == "True"
+    assert set(run_installed(installed, code).split()) <= {"agentropy", "agentropy.registry"}
+
+
+def test_uninstalling_leaves_nothing_behind(installed, tmp_path):
+    home = shutil.copytree(installed.parents[1], tmp_path / "copy", symlinks=True)
+    (dependencies,) = home.rglob("dependencies.pth")
+    dependencies.unlink()
+    command = [sys.executable, "-m", "pip", "--python", str(home / "bin" / "python"), "uninstall", "--quiet", "-y"]
+    subprocess.run([*command, "agentropy"], check=True)
+    assert not list(home.rglob("*agentropy*"))
 
 
 def test_the_version_is_the_same_everywhere(project, wheel):
@@ -222,3 +236,34 @@ def test_constraints_pin_what_the_extras_ask_for(project):
             (pin,) = pinned[requirement.name.lower()].specifier
             assert pin.operator == "=="
             assert requirement.specifier.contains(pin.version), f"{requirement} but pinned to {pin}"
+
+
+OLD_PYTHON = "exit 1"
+NO_VENV = f'case "$*" in *ensurepip*) exit 1;; esac; exec {sys.executable} "$@"'
+
+
+@pytest.mark.parametrize(
+    ("programs", "sentence"),
+    [
+        ({}, "no Python 3.11, 3.12 or 3.13 found; install one (sudo apt install python3) or name it"),
+        (
+            {"python3": OLD_PYTHON},
+            "no Python 3.11, 3.12 or 3.13 found; install one (sudo apt install python3) or name it",
+        ),
+        ({"python3": OLD_PYTHON, "python3.12": NO_VENV}, "install its venv module: sudo apt install python3.12-venv"),
+        ({"python3": f'exec {sys.executable} "$@"'}, "no C++ compiler found"),
+    ],
+    ids=["no python", "old python", "no venv", "no compiler"],
+)
+def test_set_up_says_in_one_sentence_what_is_missing(tree, tmp_path, programs, sentence):
+    for name in ("sh", "make"):
+        (tmp_path / name).symlink_to(Path(shutil.which(name)).resolve())
+    for name, script in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    done = subprocess.run(["make", "setup"], cwd=tree, env={"PATH": str(tmp_path)}, capture_output=True, text=True)
+    said = [line for line in done.stderr.splitlines() if not line.startswith("make")]
+    assert done.returncode != 0
+    assert len(said) == 1
+    assert sentence in said[0]
+    assert not (tree / ".venv").exists()

@@ -77,7 +77,9 @@ class KVArena:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
-    def resized(self, slots: int, capacity: int, kept: NDArray[np.int64], lengths: NDArray[np.int64]) -> KVArena:
+    def resized(
+        self, slots: int, capacity: int, kept: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> KVArena:
         """Return an arena of another shape whose slot i holds the first ``lengths[i]`` of slot ``kept[i]``."""
         first = self.keys[0]
         arena = KVArena(self.layers, slots, capacity, dtype=first.dtype, device=first.device)

@@ -89,7 +89,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+            raise UsageError(
+                f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)"
+            )
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}; expected 0 (keep all) or a positive count")
         if not 0 < self.top_p <= 1:

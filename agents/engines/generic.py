@@ -1,13 +1,15 @@
 """The forward pass of any causal language model of transformers over slots of cached keys and values.
 
 - ``Runner``: what the engine asks of a forward pass.
+- ``evaluating``: a module in evaluation mode for a while.
 - ``GenericRunner``: calls the model's own ``forward`` with a cache assembled from the slots.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -40,6 +42,18 @@ class Runner(Protocol):
         ...
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off inside the block; every submodule gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class GenericRunner:
     """Works for every model whose cache is one tensor of keys and one of values per layer.
 
@@ -59,12 +73,12 @@ class GenericRunner:
         config: Any = model.config
         kinds = set(getattr(config, "layer_types", None) or [])
         self._padded = not (getattr(config, "sliding_window", None) or kinds - {"full_attention"})
-        self.layers = self._probe()
+        self.layers: Sequence[LayerShape] = self._probe()
 
     def _probe(self) -> list[LayerShape]:
         cache = DynamicCache()
         device = next(self._model.parameters()).device
-        with torch.inference_mode():
+        with torch.inference_mode(), evaluating(self._model):
             self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
         shapes = []
         for layer in cache.layers:
@@ -116,7 +130,8 @@ class GenericRunner:
         }
         given = {k: torch.from_numpy(v).to(device) for k, v in inputs.items() if k in self._accepts}
         logits = self._model(**given, past_key_values=cache, use_cache=True).logits
-        for number, layer in enumerate(cache.layers):
+        layers: list[Any] = cache.layers
+        for number, layer in enumerate(layers):
             for i, (slot, start, count) in enumerate(zip(slots, starts, counts, strict=True)):
                 arena.keys[number][slot, :, start : start + count] = layer.keys[i, :, past : past + count]
                 arena.values[number][slot, :, start : start + count] = layer.values[i, :, past : past + count]

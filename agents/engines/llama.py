@@ -19,9 +19,9 @@ from .arena import KVArena, LayerShape
 
 _MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
-_CALL_COST = {"cpu": 2000}
-"""What one more attention call costs, in query-key pairs: about 20 microseconds on a CPU core."""
-_CALL_COST_DEVICE = 1 << 22
+_CALL_COST_CPU = 2000
+"""What one more attention call costs, in query-key pairs: about 20 microseconds on one core."""
+_CALL_COST_GPU = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class LlamaRunner:
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self._inner = config.intermediate_size
         self._eps = config.rms_norm_eps
-        self.layers = [LayerShape(self._key_heads, self._size, self._size)] * config.num_hidden_layers
+        shape = LayerShape(self._key_heads, self._size, self._size)
+        self.layers: Sequence[LayerShape] = [shape] * config.num_hidden_layers
         self._blocks: list[_Layer] = []
         self._rotation = torch.empty(0)
 
@@ -117,7 +118,9 @@ class LlamaRunner:
             q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
             q_bias = None if q.bias is None else paired(q.bias, self._query_heads)
             k_bias = None if k.bias is None else paired(k.bias, self._key_heads)
-            qkv = torch.cat((paired(q.weight, self._query_heads), paired(k.weight, self._key_heads), v.weight))
+            qkv = torch.cat(
+                (paired(q.weight, self._query_heads), paired(k.weight, self._key_heads), v.weight)
+            )
             gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
             self._blocks.append(
                 _Layer(
@@ -246,7 +249,7 @@ class LlamaRunner:
         dtype: torch.dtype,
     ) -> list[_Run]:
         """Split the rows into attention calls: a row joins its neighbour's call unless padding costs more."""
-        call_cost = _CALL_COST.get(device.type, _CALL_COST_DEVICE)
+        call_cost = _CALL_COST_CPU if device.type == "cpu" else _CALL_COST_GPU
         lengths = starts + counts
         firsts = [0]
         width = length = area = 0
@@ -273,8 +276,6 @@ class LlamaRunner:
                 mask = mask.to(device=device, dtype=dtype)
             start = int(ends[first] - counts[first])
             runs.append(
-                _Run(
-                    start, int(ends[last - 1]), last - first, int(slots[first]), width, length, pad, mask
-                )
+                _Run(start, int(ends[last - 1]), last - first, int(slots[first]), width, length, pad, mask)
             )
         return runs

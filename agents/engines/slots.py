@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,7 +126,7 @@ class SlotIndex:
 def common_prefixes(ordered: Sequence[Tokens]) -> NDArray[np.int64]:
     """Return for every sequence the length of the prefix it shares with the one before it (0 for the first)."""
     shared = np.zeros(len(ordered), dtype=np.int64)
-    for i, (before, after) in enumerate(zip(ordered, ordered[1:], strict=False), start=1):
+    for i, (before, after) in enumerate(pairwise(ordered), start=1):
         width = min(len(before), len(after))
         differs = before[:width] != after[:width]
         shared[i] = differs.argmax() if differs.any() else width

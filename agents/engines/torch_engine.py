@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ...errors import AgentropyError, UsageError
-from ...kernels.sampling import counter_uniforms, sample
 from .base import Completion, EngineStats, Request, SamplingParams, StopReason
 from .cache import PrefixCache
-from .generic import GenericRunner, Runner
+from .drawing import Generation, Tokenizer
+from .generic import GenericRunner, Runner, evaluating
 from .llama import LlamaRunner
 from .slots import Tokens, common_prefixes
 
@@ -27,14 +27,6 @@ _SHARED_WORTH_WAITING = 16
 """A request waits for another one's prefill when that spares it more tokens than this."""
 _PREFILL_TOKENS = 8192
 """Tokens of one prefill pass: bounds the memory of its activations."""
-
-
-class Tokenizer(Protocol):
-    """What stop strings need of a tokenizer."""
-
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ``token_ids``, special tokens included."""
-        ...
 
 
 class TorchEngine:
@@ -81,13 +73,18 @@ class TorchEngine:
         self._device = torch.device(device) if device is not None else first.device
         self._dtype = dtype or first.dtype
         own = self._device == first.device and self._dtype == first.dtype
-        self._model: Any = model if own else copy.deepcopy(model).to(self._device, self._dtype)
+        self._model: Any = model
+        if not own:
+            self._model = copy.deepcopy(model)
+            self._model.to(self._device, self._dtype)
         self._tokenizer = tokenizer
         self._max_batch = max_batch
         self._max_positions = getattr(self._model.config, "max_position_embeddings", None) or 2**31
         self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
         self._runner: Runner = (
-            LlamaRunner(self._model) if fused and LlamaRunner.supports(self._model) else GenericRunner(self._model)
+            LlamaRunner(self._model)
+            if fused and LlamaRunner.supports(self._model)
+            else GenericRunner(self._model)
         )
         self._runner.refresh()
         self._cache = PrefixCache(
@@ -120,21 +117,21 @@ class TorchEngine:
         completions = [self._empty] * len(requests)
         room = [self._max_positions - len(request.tokens) for request in requests]
         waiting = [i for i in range(len(requests)) if room[i] > 0]
-        training = self._model.training
-        self._model.eval()
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), evaluating(self._model):
                 if waiting:
-                    lengths = [len(requests[i].tokens) + min(room[i], requests[i].max_tokens) for i in waiting]
+                    lengths = [
+                        len(requests[i].tokens) + min(room[i], requests[i].max_tokens) for i in waiting
+                    ]
                     wave = min(self._max_batch, self._cache.reserve(max(lengths)))
                     for start in range(0, len(waiting), wave):
                         rows = waiting[start : start + wave]
                         done = self._wave([requests[i] for i in rows], [room[i] for i in rows], params)
+                        self._cache.end()
                         for i, completion in zip(rows, done, strict=True):
                             completions[i] = completion
         finally:
             self._cache.end()
-            self._model.train(training)
         self.stats.seconds += time.perf_counter() - started
         return completions
 
@@ -176,12 +173,14 @@ class TorchEngine:
             self._runner.layers, max_tokens=2, max_slots=1, dtype=self._dtype, device=self._device
         )
 
-    def _wave(self, requests: Sequence[Request], room: Sequence[int], params: SamplingParams) -> list[Completion]:
+    def _wave(
+        self, requests: Sequence[Request], room: Sequence[int], params: SamplingParams
+    ) -> list[Completion]:
         """Generate for requests that fit the cache together."""
         slots, cached, logits = self._prefill([request.tokens for request in requests])
         slots = self._cache.gather(slots)
         order = np.argsort(slots)
-        generation = _Generation(
+        generation = Generation(
             slots=slots[order],
             lengths=np.array([len(requests[i].tokens) for i in order]),
             seeds=np.array([requests[i].seed for i in order], dtype=np.uint64),
@@ -197,7 +196,7 @@ class TorchEngine:
             drawn = generation.tokens[-1][rows]
             where = generation.slots[rows]
             starts = generation.lengths[rows] + len(generation.tokens) - 1
-            logits = self._runner.forward(self._cache.arena, where, starts, drawn[:, None])
+            logits = self._runner.forward(self._cache.arena, where, starts, list(drawn[:, None]))
             self._cache.index.append(where, drawn)
         if not generation.finite:
             self._cache.drop()
@@ -209,10 +208,14 @@ class TorchEngine:
         self.stats.decode_tokens += int(counts.sum())
         completions = [self._empty] * len(requests)
         for row, (i, count) in enumerate(zip(order, counts, strict=True)):
+            logprobs, raw_logprobs, entropies, raw_entropies = statistics[:, row, :count].astype(np.float32)
             reason = StopReason.CONTEXT if requests[i].max_tokens > room[i] else StopReason.LENGTH
             completions[i] = Completion(
                 tokens[row, :count].astype(np.int32),
-                *statistics[:, row, :count].astype(np.float32),
+                logprobs,
+                raw_logprobs,
+                entropies,
+                raw_entropies,
                 stop=StopReason.STOP if stopped[row] else reason,
                 version=self._version,
                 cached_tokens=int(cached[i]),
@@ -301,63 +304,3 @@ class TorchEngine:
         new = np.array([len(contexts[k]) for k in order]) - placed[order, 1]
         passes = (new.cumsum() - 1) // _PREFILL_TOKENS
         return [order[passes == number] for number in np.unique(passes)]
-
-
-class _Generation:
-    """The tokens drawn so far in one wave, and which rows go on."""
-
-    def __init__(
-        self,
-        slots: NDArray[np.int64],
-        lengths: NDArray[np.int64],
-        seeds: NDArray[np.uint64],
-        limits: NDArray[np.int64],
-        params: SamplingParams,
-        tokenizer: Tokenizer | None,
-    ) -> None:
-        self.slots = slots
-        self.lengths = lengths
-        self.active = np.arange(len(slots))
-        self.tokens: list[NDArray[np.int64]] = []
-        self.finite = True
-        self._statistics: list[NDArray[np.float64]] = []
-        self._seeds = seeds
-        self._limits = limits
-        self._params = params
-        self._tokenizer = tokenizer
-        self._stops = np.array(params.stop_token_ids, dtype=np.int64)
-        self._count = np.zeros(len(slots), dtype=np.int64)
-        self._stopped = np.zeros(len(slots), dtype=bool)
-
-    def step(self, logits: Tensor) -> NDArray[np.int64]:
-        """Draw the next token of every active row from logits [active, V]; return the rows that go on."""
-        rows, number, params = self.active, len(self.tokens), self._params
-        uniforms = torch.from_numpy(counter_uniforms(self._seeds[rows], np.uint64(number)))
-        drawn = sample(
-            logits, uniforms.to(logits.device), params.temperature, params.top_k, params.top_p
-        )
-        statistics = torch.stack(
-            (drawn.logprob_tempered, drawn.logprob_raw, drawn.entropy_tempered, drawn.entropy_raw)
-        )
-        tokens = np.zeros(len(self.slots), dtype=np.int64)
-        tokens[rows] = drawn.token.cpu().numpy()
-        columns = np.zeros((4, len(self.slots)))
-        columns[:, rows] = statistics.cpu().numpy()
-        self.tokens.append(tokens)
-        self._statistics.append(columns)
-        self._count[rows] += 1
-        self.finite = self.finite and bool(np.isfinite(columns).all())
-        self._stopped[rows] = np.isin(tokens[rows], self._stops)
-        for row in rows if params.stop_strings and self._tokenizer is not None else ():
-            text = self._tokenizer.decode([int(step[row]) for step in self.tokens])
-            self._stopped[row] |= any(stop in text for stop in params.stop_strings)
-        going = ~self._stopped[rows] & (self._count[rows] < self._limits[rows])
-        self.active = rows[going] if self.finite else rows[:0]
-        return self.active
-
-    def columns(self) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
-        """Return tokens [rows, steps], statistics [4, rows, steps], tokens per row, and which rows stopped.
-
-        Statistics are log-probabilities, raw log-probabilities, entropies and raw entropies.
-        """
-        return np.stack(self.tokens, axis=-1), np.stack(self._statistics, axis=-1), self._count, self._stopped

@@ -82,9 +82,7 @@ def _route(name: str, options: dict[str, dict[str, Any]], values: Mapping[str, A
     """Give each value to the method that has the option."""
     for key, value in values.items():
         part, _, option = key.rpartition(".")
-        owners = [
-            method for method in options if option in METHODS[method].model_fields and part in ("", method)
-        ]
+        owners = [method for method in options if option in METHODS[method].model_fields and part in ("", method)]
         if not owners:
             every = {field for method in options for field in METHODS[method].model_fields} | {
                 "total_steps",
@@ -103,6 +101,4 @@ def _build(part: str, values: Mapping[str, Any]) -> Method:
         problem = error.errors()[0]
         where = ".".join(str(key) for key in problem["loc"])
         message = problem["msg"][0].lower() + problem["msg"][1:]
-        raise UsageError(
-            f"option '{where}' of recipe '{part}': {message}, not {problem['input']!r}"
-        ) from error
+        raise UsageError(f"option '{where}' of recipe '{part}': {message}, not {problem['input']!r}") from error

@@ -50,9 +50,8 @@ class Slots:
 
     def extend(self, **parts: Any) -> Slots:
         """A copy in which single slots are replaced and tuples are appended to."""
-        merged = {
-            name: (*getattr(self, name), *part) if isinstance(part, tuple) else part
-            for name, part in parts.items()
+        merged: dict[str, Any] = {
+            name: (*getattr(self, name), *part) if isinstance(part, tuple) else part for name, part in parts.items()
         }
         return dataclasses.replace(self, **merged)
 
@@ -77,9 +76,7 @@ class Slots:
 
 def _from_table(slot: str, table: Any) -> Any:
     if not isinstance(table, Mapping) or not isinstance(table.get("type"), str):
-        raise UsageError(
-            f"a {slot} is a table with a type, one of {', '.join(components(slot))}; not {table!r}"
-        )
+        raise UsageError(f"a {slot} is a table with a type, one of {', '.join(components(slot))}; not {table!r}")
     return use(slot, table["type"], **{key: value for key, value in table.items() if key != "type"})
 
 

@@ -60,9 +60,7 @@ class EntropyHistory:
 
     def begin(self, batch: Minibatch, step: int) -> dict[str, Any]:
         sums, counts = turn_entropy(batch, self.reference == "per_turn")
-        self.pending = [
-            _add(old, new.tolist()) for old, new in zip(self.pending, (sums, counts), strict=True)
-        ]
+        self.pending = [_add(old, new.tolist()) for old, new in zip(self.pending, (sums, counts), strict=True)]
         history = [*self.history, self._current()] if self.append == "before" else self.history
         scalars: dict[str, Any] = {
             "epo/beta": self._beta(step),

@@ -31,10 +31,6 @@ def broadcast(
     """
     names, index = batch.trajectory.unique(return_inverse=True)
     row = torch.zeros_like(names).scatter_(0, index, torch.arange(len(index), device=index.device))
-    count = (
-        turn_cells(batch.mask, batch.trajectory, batch.turn).turns
-        if unit == "turns"
-        else torch.ones_like(names)
-    )
+    count = turn_cells(batch.mask, batch.trajectory, batch.turn).turns if unit == "turns" else torch.ones_like(names)
     advantages = baseline(returns[row], batch.group[row], count)
     return advantages[index][:, None].expand(batch.mask.shape)

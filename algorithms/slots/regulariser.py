@@ -93,9 +93,7 @@ class ReferenceKL:
 
     def plan(self, batch: Minibatch, scalars: Mapping[str, Any]) -> Term:
         if batch.ref_logprobs is None:
-            raise UsageError(
-                "the KL term needs ref_logprobs in the batch; set kl_coef=0 to train without one"
-            )
+            raise UsageError("the KL term needs ref_logprobs in the batch; set kl_coef=0 to train without one")
         return Term(self.coefficient * use("aggregation", self.agg)(batch, batch.mask))
 
     def value(self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor) -> Tensor:

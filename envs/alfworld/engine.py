@@ -69,7 +69,6 @@ class GroundedGame:
         self.game = game
         self._translation = translate(game)
         self._grammar = compile_grammar(goal_template(game.grammar, game.task), self._translation.types)
-        self._intro = self._grammar.parse("#intro#")
         initial = self._translation.facts
         self.names: Mapping[str, str] = display_names({name for _, row in initial for name in row})
         """Display name of every object that occurs in a fact, by its PDDL name."""
@@ -95,7 +94,7 @@ class GroundedGame:
         self.root = Node(Facts.of(initial), frozenset(), None)
         with _LOCK:
             self.root.won = self._planner().goal(self.root._state)
-        self.intro = self._text(self._intro, self.root, {})
+        self.intro = self._text(self._grammar.intro, self.root, {})
 
     def admissible(self, node: Node) -> tuple[str, ...]:
         """Return the commands that do something in ``node``, sorted."""

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import string
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 from gymnasium.error import ResetNeeded
-from gymnasium.spaces import Text
 
 from ...errors import MissingDependencyError, UsageError, nearest
+from ..text import TextSpace
 from .games import SPLITS, TASK_TYPES, Game, check_split, open_index, task_type, unknown_task
 
 if TYPE_CHECKING:
     from .engine import GroundedGame, Node
 
-CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 NOTHING = "Nothing happens."
 ENGINES = ("textworld",)
@@ -107,8 +105,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.max_turns = max_turns
         self.reward_scale = reward_scale
         self.render_mode = render_mode
-        self.observation_space = Text(max_length=1 << 14, min_length=0, charset=CHARACTERS)
-        self.action_space = Text(max_length=256, min_length=0, charset=CHARACTERS)
+        self.observation_space = TextSpace(max_length=1 << 14)
+        self.action_space = TextSpace(max_length=256)
         self._expert_info = expert_info
         self._types = frozenset(task_types or TASK_TYPES)
         self._index = open_index(source, data)

@@ -128,6 +128,7 @@ class Grammar:
             ]
             for name, rules in grammar._rules.items()
         }
+        self.intro = self.parse("#intro#")
         self.templates: dict[str, Symbols] = {
             name: self.parse(action.template) for name, action in actions.items()
         }

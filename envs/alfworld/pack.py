@@ -24,6 +24,7 @@ from .games import GOAL_PLACEHOLDER, SPLITS, Game, check_split, goal_template, u
 
 NAMES = ("games.jsonl.xz", "games.jsonl.gz")
 SUFFIXES = (".xz", ".gz")
+FIELDS = frozenset({"split", "id", "task", "problem", "walkthrough"})
 
 
 class _Entry(NamedTuple):
@@ -85,8 +86,11 @@ class PackIndex:
     def _lines(self) -> Iterator[dict]:
         with _open(self.path, self.path.suffix, "rb") as file:
             try:
-                for line in file:
-                    yield json.loads(line)
+                for text in file:
+                    line = json.loads(text)
+                    if not line.keys() >= FIELDS:
+                        raise ValueError(f"a line lacks {', '.join(sorted(FIELDS - line.keys()))}")
+                    yield line
             except (lzma.LZMAError, EOFError, OSError, ValueError) as error:
                 raise UsageError(f"{self.path} is not a readable pack: {error}") from error
 

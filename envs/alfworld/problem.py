@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,8 +59,19 @@ _LOOK: Final = """(exists (?ot - object ?r - receptacle ?a - agent ?l - location
 _PLACE: Final = """(exists (?r - receptacle)
                     (exists (?o - object)
                         (and
-                            {state}(objectType ?o {obj}Type)
+                            (inReceptacle ?o ?r)
+                            (objectType ?o {obj}Type)
                             (receptacleType ?r {recep}Type)
+                        )
+                    )
+                )"""
+_READY: Final = """(exists (?r - receptacle)
+                    (exists (?o - object)
+                        (and
+                            ({can} ?o)
+                            (objectType ?o {obj}Type)
+                            (receptacleType ?r {recep}Type)
+                            ({done} ?o)
                             (inReceptacle ?o ?r)
                         )
                     )
@@ -107,8 +118,14 @@ def sentences(spec: Spec) -> tuple[str, ...]:
 
 
 def problem_pddl(spec: Spec, objects: Iterable[Placed], start: str, name: str) -> str:
-    """Return the problem. Only types that occur in the room are declared; others would change no text."""
+    """Return the problem.
+
+    Only types that occur in the room are declared; others would change no text. Unlike in the published games, what
+    ALFWorld's table has no place for (teddy bears, paper towel rolls) can be put back to where it lay, so that no game
+    has a dead end.
+    """
     objects = tuple(objects)
+    origins = {(placed.receptacle.type, placed.type) for placed in objects}
     room = spec.room
     kinds = sorted({placed.type for placed in objects})
     rooms = room.receptacle_types
@@ -124,7 +141,7 @@ def problem_pddl(spec: Spec, objects: Iterable[Placed], start: str, name: str) -
     facts = [
         *(f"receptacleType {receptacle.name} {receptacle.type}Type" for receptacle in room.receptacles),
         *(f"objectType {placed.name} {placed.type}Type" for placed in objects),
-        *(f"canContain {place}Type {kind}Type" for place in rooms for kind in kinds if _fits(place, kind)),
+        *(f"canContain {place}Type {kind}Type" for place in rooms for kind in kinds if _fits(place, kind, origins)),
         *(f"pickupable {placed.name}" for placed in objects if "toggleable" not in _properties(placed.type)),
         *(f"openable {receptacle.name}" for receptacle in room.receptacles if receptacle.openable),
         f"atLocation agent1 {start}",
@@ -155,16 +172,15 @@ def problem_pddl(spec: Spec, objects: Iterable[Placed], start: str, name: str) -
 
 
 def _goal(spec: Spec) -> str:
-    state = ""
     if spec.task_type in STATE:
         can, done, _ = STATE[spec.task_type]
-        state = f"({can} ?o)\n                            ({done} ?o)\n                            "
+        return _READY.format(obj=spec.object, recep=spec.receptacle, can=can, done=done)
     form = {"look_at_obj_in_light": _LOOK, "pick_two_obj_and_place": _TWO}.get(spec.task_type, _PLACE)
-    return form.format(obj=spec.object, recep=spec.receptacle, state=state)
+    return form.format(obj=spec.object, recep=spec.receptacle)
 
 
-def _fits(place: str, kind: str) -> bool:
-    return kind in rules().holds.get(place, ())
+def _fits(place: str, kind: str, origins: Collection[tuple[str, str]]) -> bool:
+    return kind in rules().holds.get(place, ()) or (place, kind) in origins
 
 
 def _properties(kind: str) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ MORE_RECEPTACLES: Final[dict[int, dict[str, int]]] = _more("""
 1 Cabinet 1 Drawer 1 Shelf 1,2 Drawer 4 StoveBurner 2,3 Drawer 2,7 CounterTop 1,11 Drawer 1,12 Cabinet 4
 13 Cabinet 9 Drawer 4,14 Cabinet 4,15 Cabinet 3,16 Cabinet 6,17 Cabinet 11 Drawer 6,18 Cabinet 3
 19 Cabinet 8 Drawer 5,20 Cabinet 2 Drawer 1,22 Drawer 1,23 Cabinet 4 Drawer 1,24 Cabinet 2 Drawer 1
-25 Cabinet 5,26 Cabinet 5,27 Cabinet 3,28 Cabinet 2 Drawer 2,203 Drawer 1,205 Ottoman 1,208 Ottoman 1
+25 Cabinet 5,26 Cabinet 5,27 Cabinet 3,28 Cabinet 2 Drawer 2,203 Drawer 1,205 Ottoman 1
 209 Drawer 1,211 Shelf 1,214 Shelf 1,224 Cabinet 1 Drawer 2,301 Drawer 10,302 Drawer 1 Shelf 2
 303 Drawer 2 Shelf 2,304 Drawer 3 Shelf 1,305 Drawer 2,309 Drawer 1 Safe 1,316 Drawer 1,318 Drawer 3
 319 Shelf 1,322 Drawer 2,324 Shelf 4,327 Drawer 1 Shelf 1,329 Drawer 2 SideTable 1,330 Drawer 2 Dresser 1

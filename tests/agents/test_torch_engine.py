@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -45,7 +46,9 @@ SIZES = {
 
 
 def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True))
+    return LlamaForCausalLM(
+        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
+    )
 
 
 def _llama3() -> PreTrainedModel:
@@ -132,23 +135,20 @@ def assert_exact(
         np.testing.assert_allclose(entropies, -(logp.exp() * logp).sum(-1).numpy(), atol=1e-4)
 
 
-def play(
-    engine: Engine, model: PreTrainedModel, turns: int, params: SamplingParams, check: bool = True
-) -> list[list[Completion]]:
+def play(engine: Engine, model: PreTrainedModel, turns: int, params: SamplingParams) -> list[Completion]:
     """Multi-turn episodes of ragged observations and actions; every completion is checked."""
     rng = np.random.default_rng(1)
     histories = contexts(6, seed=2)
-    played = []
+    played: list[Completion] = []
     for turn in range(turns):
         asked = [
             Request(history, seed=1000 * turn + i, max_tokens=int(rng.integers(1, 8)))
             for i, history in enumerate(histories)
         ]
         done = engine.generate(asked, params)
-        played.append(done)
+        played.extend(done)
         for request, completion in zip(asked, done, strict=True):
-            if check:
-                assert_exact(model, request, completion, params.temperature)
+            assert_exact(model, request, completion, params.temperature)
         histories = [
             np.concatenate((h, c.tokens, rng.integers(VOCABULARY, size=rng.integers(1, 20)))).astype(np.int32)
             for h, c in zip(histories, done, strict=True)
@@ -177,7 +177,7 @@ def test_other_architectures_run_through_their_own_forward(make: Callable[[], Pr
 def test_both_paths_give_the_same_tokens(llama: PreTrainedModel) -> None:
     params = SamplingParams(temperature=0.9, top_k=40, top_p=0.95)
     played = [play(TorchEngine(llama, fused=fused), llama, 4, params) for fused in (True, False)]
-    for fast, slow in zip(sum(played[0], []), sum(played[1], []), strict=True):
+    for fast, slow in zip(played[0], played[1], strict=True):
         np.testing.assert_array_equal(fast.tokens, slow.tokens)
         assert fast.stop == slow.stop and fast.cached_tokens == slow.cached_tokens
 
@@ -188,12 +188,15 @@ def test_next_turn_computes_only_its_new_tokens(llama: PreTrainedModel) -> None:
     done = engine.generate(first, SamplingParams())
     assert [c.cached_tokens for c in done] == [0] * 5
     longer = [
-        np.concatenate((r.tokens, c.tokens, [1, 2, 3])).astype(np.int32) for r, c in zip(first, done, strict=True)
+        np.concatenate((r.tokens, c.tokens, [1, 2, 3])).astype(np.int32)
+        for r, c in zip(first, done, strict=True)
     ]
     before = engine.stats.prefill_tokens
     again = engine.generate(requests(longer), SamplingParams())
     # The last sampled token has not been read yet: it is computed with the observation.
-    assert [c.cached_tokens for c in again] == [len(r.tokens) + len(c.tokens) - 1 for r, c in zip(first, done, strict=True)]
+    assert [c.cached_tokens for c in again] == [
+        len(r.tokens) + len(c.tokens) - 1 for r, c in zip(first, done, strict=True)
+    ]
     assert engine.stats.prefill_tokens - before == 5 * 4
 
 
@@ -241,7 +244,7 @@ def test_a_tiny_cache_evicts_and_stays_exact(llama: PreTrainedModel, fused: bool
     engine = TorchEngine(llama, fused=fused, max_batch=4, cache_tokens=400)
     played = play(engine, llama, 5, SamplingParams())
     roomy = play(TorchEngine(llama, fused=fused), llama, 5, SamplingParams())
-    for small, large in zip(sum(played, []), sum(roomy, []), strict=True):
+    for small, large in zip(played, roomy, strict=True):
         np.testing.assert_array_equal(small.tokens, large.tokens)
 
 
@@ -281,7 +284,11 @@ def test_greedy_equals_transformers_generate(llama: PreTrainedModel) -> None:
     for request, completion in zip(asked, done, strict=True):
         ids = torch.from_numpy(request.tokens).long()[None]
         out = llama.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=15, eos_token_id=None,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=15,
+            eos_token_id=None,
             pad_token_id=0,
         )
         np.testing.assert_array_equal(completion.tokens, out[0, len(request.tokens) :].numpy())
@@ -289,7 +296,9 @@ def test_greedy_equals_transformers_generate(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.3), (10, 0.5)])
-def test_truncated_sampling_keeps_full_softmax_statistics(llama: PreTrainedModel, top_k: int, top_p: float) -> None:
+def test_truncated_sampling_keeps_full_softmax_statistics(
+    llama: PreTrainedModel, top_k: int, top_p: float
+) -> None:
     asked = requests(contexts(6), max_tokens=10)
     params = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p)
     for request, completion in zip(asked, TorchEngine(llama).generate(asked, params), strict=True):
@@ -339,7 +348,10 @@ def test_stop_strings_across_token_boundaries(llama: PreTrainedModel) -> None:
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_models_last_position_ends_a_row(llama: PreTrainedModel, fused: bool) -> None:
     engine = TorchEngine(llama, fused=fused)
-    long = [np.resize(context, size).astype(np.int32) for context, size in zip(contexts(4), (250, 255, 256, 300), strict=True)]
+    long = [
+        np.resize(context, size).astype(np.int32)
+        for context, size in zip(contexts(4), (250, 255, 256, 300), strict=True)
+    ]
     done = engine.generate(requests(long, max_tokens=20), SamplingParams())
     assert [len(c.tokens) for c in done] == [6, 1, 0, 0]
     assert all(c.stop is StopReason.CONTEXT for c in done)
@@ -509,7 +521,7 @@ def test_the_index_finds_the_longest_prefix(held: list[np.ndarray], context: np.
     assert length == max(shared(sequence, context) for sequence in held)
     assert not length or shared(held[slot], context) == length
     ordered = sorted(held, key=lambda t: t.astype(">i4").tobytes())
-    expected = [0, *(shared(a, b) for a, b in zip(ordered, ordered[1:], strict=False))]
+    expected = [0, *(shared(a, b) for a, b in pairwise(ordered))]
     assert common_prefixes(ordered).tolist() == expected
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ pytest.importorskip("textworld")
 pytest.importorskip("fast_downward")
 
 import textworld
+from alfworld.agents.utils.misc import Demangler
+from textworld.envs.pddl.pddl import PddlEnv
+
 from agentropy.envs.alfworld import engine as engine_module
 from agentropy.envs.alfworld.engine import GroundedGame, Node, ground
 from agentropy.envs.alfworld.games import TASK_TYPES, Game, open_index
@@ -19,8 +23,6 @@ from agentropy.envs.alfworld.grammar import _expression
 from agentropy.envs.alfworld.planner import PlannerPool
 from agentropy.envs.alfworld.translation import _cache_path, _translate, translate
 from agentropy.errors import EnvironmentFailedError, UsageError
-from alfworld.agents.utils.misc import Demangler
-from textworld.envs.pddl.pddl import PddlEnv
 
 
 class Stock(PddlEnv):
@@ -41,11 +43,14 @@ class Stock(PddlEnv):
             info.name = names.demangle_alfred_name(info.id)
 
 
-def pack_games(shared_data: Path) -> list[Game]:
+def pack_games(shared_data: Path, per_type: int) -> list[Game]:
+    """The smallest published games of each type: stock TextWorld takes seconds for each."""
     index = open_index("pack", shared_data / "alfworld")
-    tasks = index.tasks("valid_seen")
-    chosen = [next(task for task in tasks if task.startswith(kind)) for kind in TASK_TYPES[::2]]
-    return [index.load("valid_seen", task) for task in chosen]
+    games = sorted(
+        (index.load("valid_seen", task) for task in index.tasks("valid_seen")),
+        key=lambda game: len(game.problem),
+    )
+    return [game for kind in TASK_TYPES for game in [g for g in games if g.task_type == kind][:per_type]]
 
 
 def generated_games(count: int) -> list[Game]:
@@ -54,52 +59,47 @@ def generated_games(count: int) -> list[Game]:
     return [index.load("valid_unseen", task) for task in tasks[:: len(tasks) // count][:count]]
 
 
-def mixed_commands(game: Game, steps: int, seed: int):
-    """Yield the walkthrough, then None for a reset, then a random walk that prefers to do things over moving."""
-    rng = random.Random(seed)
-    yield from (lambda admissible, command=command: command for command in game.walkthrough)
-    yield None
-    for _ in range(steps):
-
-        def choose(admissible):
-            doing = [command for command in admissible if not command.startswith("go to")]
-            if rng.random() < 0.1:
-                return "open the pod bay doors"
-            return rng.choice(doing if doing and rng.random() < 0.7 else admissible)
-
-        yield choose
-
-
 def assert_plays_as_stock(game: Game, steps: int, seed: int) -> None:
+    """Play the walkthrough, then a random walk that prefers to do things over moving, in both engines."""
     stock, fast = Stock(game), ground(game)
     state, node = stock.reset(), fast.root
     assert state.feedback == fast.intro
     assert tuple(state["admissible_commands"]) == fast.admissible(node)
-    for choose in mixed_commands(game, steps, seed):
-        if choose is None:
-            assert node.won
-            state, node = stock.reset(), fast.root
-            continue
-        command = choose(fast.admissible(node))
+    rng = random.Random(seed)
+    for turn in range(len(game.walkthrough) + steps):
+        admissible = fast.admissible(node)
+        doing = [command for command in admissible if not command.startswith("go to")]
+        if turn < len(game.walkthrough):
+            command = game.walkthrough[turn]
+        elif rng.random() < 0.1:
+            command = "open the pod bay doors"
+        else:
+            command = rng.choice(doing if rng.random() < 0.7 else admissible)
         state, _, _ = stock.step(command)
-        move = fast.step(node, command)
-        node, feedback = move or (node, "Nothing happens.")
+        node, feedback = fast.step(node, command) or (node, "Nothing happens.")
         assert feedback == state.feedback, command
         assert fast.admissible(node) == tuple(state["admissible_commands"]), command
         assert node.won == state["won"]
+        assert node.won or turn + 1 != len(game.walkthrough)
         facts = {(name, *row) for (name, _), table in node.facts.tables.items() for row in table.rows}
         stock_facts = {(fact.name, *fact.names) for fact in state["_facts"]}
         assert facts == {fact for fact in stock_facts if not fact[0].startswith("new-axiom")}, command
 
 
 def test_published_games_play_as_in_stock_textworld(shared_data):
-    for seed, game in enumerate(pack_games(shared_data)):
+    for seed, game in enumerate(pack_games(shared_data, 1)[::3]):
         assert_plays_as_stock(game, steps=25, seed=seed)
 
 
 def test_generated_games_play_as_in_stock_textworld():
     for seed, game in enumerate(generated_games(2)):
         assert_plays_as_stock(game, steps=40, seed=seed)
+
+
+@pytest.mark.slow
+def test_many_games_play_as_in_stock_textworld(shared_data):
+    for seed, game in enumerate([*pack_games(shared_data, 3), *generated_games(20)]):
+        assert_plays_as_stock(game, steps=80, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,20 @@ def test_a_planner_is_used_again_when_its_game_is_gone(game, monkeypatch):
         fast.admissible(fast.root)
         del fast
     assert len(pool) == 1
+
+
+def test_threads_that_load_and_play_at_once_do_not_interfere(monkeypatch):
+    monkeypatch.setenv("AGENTROPY_CACHE", "off")
+    monkeypatch.setattr(engine_module, "_PLANNERS", PlannerPool(2))
+    games = generated_games(4)
+
+    def play(game: Game) -> list[tuple]:
+        one = GroundedGame(game)
+        return walk(one, one.root, random.Random(game.id), 15)
+
+    alone = [play(game) for game in games]
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(play, games)) == alone
 
 
 def test_states_that_coincide_share_one_node(game):

@@ -33,7 +33,8 @@ def oracle(logits: Tensor, temperature: float, top_k: int, top_p: float) -> np.n
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 8, 0.7)]
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.6, 0, 1.0), (1.0, 5, 1.0), (1.3, 0, 0.8), (0.9, 8, 0.7)],
 )
 def test_draws_follow_the_processed_distribution(temperature: float, top_k: int, top_p: float) -> None:
     draws = 100_000
@@ -116,8 +117,14 @@ def test_counter_uniforms_depend_on_seed_and_counter_only() -> None:
 
 def test_counter_uniforms_are_pinned() -> None:
     # Recorded from this implementation: a change would silently alter every seeded rollout.
-    values = counter_uniforms(np.array([0, 1, 2**64 - 1], dtype=np.uint64), np.array([0, 5, 9], dtype=np.uint64))
-    assert [float(value).hex() for value in values] == ["0x1.4e0dba5e9a32fp-1", "0x1.8c7e0c58b861cp-1", "0x1.c298197bfd912p-1"]
+    values = counter_uniforms(
+        np.array([0, 1, 2**64 - 1], dtype=np.uint64), np.array([0, 5, 9], dtype=np.uint64)
+    )
+    assert [float(value).hex() for value in values] == [
+        "0x1.4e0dba5e9a32fp-1",
+        "0x1.8c7e0c58b861cp-1",
+        "0x1.c298197bfd912p-1",
+    ]
 
 
 def test_shapes_are_checked() -> None:

@@ -1,0 +1,77 @@
+"""The space of all texts that the worlds read and write.
+
+- ``TextSpace``: Gymnasium's ``Text`` over printable ASCII and newlines, usable in ``AsyncVectorEnv``.
+
+Gymnasium's asynchronous vector environment reads a ``Text`` observation from shared memory only once, when it is made,
+and shows that for ever. The functions registered here hand it a view that reads whenever it is looked at.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import string
+from collections.abc import Sequence
+from ctypes import c_char
+from typing import Any, overload
+
+import numpy as np
+from gymnasium.spaces import Text
+from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
+
+CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
+_LENGTH_BYTES = 4
+
+
+class TextSpace(Text):
+    """All texts of printable ASCII and newlines of at most ``max_length`` characters, the empty one included."""
+
+    def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
+        """Take the largest length, in characters."""
+        super().__init__(max_length, min_length=0, charset=CHARACTERS, seed=seed)
+
+
+class _SharedTexts(Sequence[str]):
+    """The texts that lie in shared memory now. A copy is a plain tuple."""
+
+    def __init__(self, memory: np.ndarray) -> None:
+        """Take the memory as bytes, [number of texts, length prefix + largest length]."""
+        self._memory = memory
+
+    def __len__(self) -> int:
+        return len(self._memory)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        if isinstance(index, slice):
+            return tuple(self[at] for at in range(*index.indices(len(self))))
+        row = self._memory[index].tobytes()
+        length = int.from_bytes(row[:_LENGTH_BYTES], "little")
+        return row[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("ascii")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> tuple[str, ...]:
+        return tuple(self)
+
+
+def _row_size(space: TextSpace) -> int:
+    return _LENGTH_BYTES + space.max_length
+
+
+@create_shared_memory.register(TextSpace)
+def _create(space: TextSpace, n: int = 1, ctx: Any = multiprocessing) -> Any:
+    return ctx.Array(c_char, n * _row_size(space))
+
+
+@read_from_shared_memory.register(TextSpace)
+def _read(space: TextSpace, shared_memory: Any, n: int = 1) -> _SharedTexts:
+    return _SharedTexts(np.frombuffer(shared_memory.get_obj(), np.uint8).reshape(n, _row_size(space)))
+
+
+@write_to_shared_memory.register(TextSpace)
+def _write(space: TextSpace, index: int, values: str, shared_memory: Any) -> None:
+    data = len(values).to_bytes(_LENGTH_BYTES, "little") + values.encode("ascii")
+    memory = memoryview(shared_memory.get_obj()).cast("B")
+    start = index * _row_size(space)
+    memory[start : start + len(data)] = data
