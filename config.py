@@ -84,6 +84,8 @@ class SftConfig(Section):
     episodes_per_task: int = Field(2, ge=1)
     noise: float = Field(0.25, ge=0, lt=1)
     """Share of turns in which a random admissible command is played instead; those are never imitated."""
+    slips: float = Field(0.1, ge=0, lt=1)
+    """Share of turns in which a command that is not admissible is played; never imitated either."""
     epochs: int = Field(2, ge=1)
     batch_episodes: int = Field(32, ge=1)
     lr: float = Field(2e-3, gt=0)

@@ -25,6 +25,8 @@ class PlainFormat:
 
     Args:
         tokenizer: must know the markers ``<bos> <obs> <act> <end>`` and the newline.
+        remind: end every observation after the first with ``info["goal"]``, where the world says one: it brings the
+            goal to the same place before every action, which small models learn from several times faster.
         compact: leave ``FILLER`` out of observations. Node texts keep it.
         show_admissible: end every observation with the admissible commands, one per line.
 
@@ -35,7 +37,7 @@ class PlainFormat:
     stop_strings: tuple[str, ...] = ()
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, compact: bool = True, show_admissible: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, *, remind: bool = True, compact: bool = True, show_admissible: bool = False
     ) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [word for word in (*SPECIAL_TOKENS, "\n") if word not in vocabulary]
@@ -49,6 +51,7 @@ class PlainFormat:
         self._words = {
             index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")
         }
+        self._remind = remind
         self._show_admissible = show_admissible
         self.stop_token_ids = (self._end,)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -60,17 +63,17 @@ class PlainFormat:
         self._encode_command = _cached_encoder(backend, frozenset())
 
     def prompt(self, observation: str, info: Info) -> list[int]:
-        return [self._bos, *self.observation(observation, info)]
+        return [self._bos, *self._observed(observation, info)]
 
     def observation(self, text: str, info: Info, *, closed: bool = True) -> list[int]:
-        opening = (self._obs,) if closed else (self._end, self._obs)
-        return [*opening, *self._encode(text), *self._choices(info), self._act]
+        opening = () if closed else (self._end,)
+        return [*opening, *self._observed(text, info, str(info.get("goal", "")) if self._remind else "")]
 
     def window(self, history: History, observation: str, info: Info) -> list[int]:
         tokens = [self._bos, *self._encode(info["goal"])]
         for seen, command in history:
             tokens += [self._obs, *self._encode(seen), self._act, *self.render_action(command)]
-        return tokens + self.observation(observation, info)
+        return tokens + self._observed(observation, info)
 
     def render_action(self, command: str) -> list[int]:
         return [*self._encode_command(command), self._end]
@@ -83,6 +86,9 @@ class PlainFormat:
         text = " ".join(words)
         valid = bool(words) and len(words) == len(body)
         return ParsedAction(text, valid, closed, text)
+
+    def _observed(self, text: str, info: Info, goal: str = "") -> list[int]:
+        return [self._obs, *self._encode(text), *self._encode(goal), *self._choices(info), self._act]
 
     def _choices(self, info: Info) -> Iterable[int]:
         if not self._show_admissible:

@@ -112,19 +112,26 @@ class EnginePolicy:
 class ExpertPolicy:
     """Plays ``info["expert"]``; its actions count as sampled with probability one, so they are trained on.
 
+    In some turns it plays something else, which is not marked as sampled: the expert's way back is learned, the
+    mistake is not.
+
     Args:
         format: renders the commands.
-        noise: probability that a turn plays a random admissible command instead, in [0, 1]. Such actions are
-            not marked as sampled: the expert's way back is learned, the mistake is not.
+        noise: probability that a turn plays a random admissible command, in [0, 1].
+        slips: probability that a turn plays a command that is not admissible, in [0, 1]: a beginner's model plays
+            many, and would otherwise never have seen how to go on.
         max_action_tokens: room that a context must leave.
     """
 
-    def __init__(self, format: Format, *, noise: float = 0.0, max_action_tokens: int = 32) -> None:
-        if not 0.0 <= noise <= 1.0:
-            raise UsageError(f"expert noise {noise} is no probability; expected 0 to 1")
+    def __init__(
+        self, format: Format, *, noise: float = 0.0, slips: float = 0.0, max_action_tokens: int = 32
+    ) -> None:
+        if not (0.0 <= noise and 0.0 <= slips and noise + slips <= 1.0):
+            raise UsageError(f"noise {noise} and slips {slips} are no probabilities; expected 0 to 1 together")
         self.max_action_tokens = max_action_tokens
         self._format = format
         self._noise = noise
+        self._slips = slips
 
     def act(self, contexts: Sequence[Context]) -> list[Act]:
         return [self._one(context) for context in contexts]
@@ -136,8 +143,11 @@ class ExpertPolicy:
         if "expert" not in context.info:
             raise UsageError("this environment names no expert action; make it with expert_info=True")
         command = context.info["expert"]
-        generator = np.random.default_rng(context.seed) if self._noise or command is None else None
-        if generator is not None and (command is None or generator.random() < self._noise):
+        generator = np.random.default_rng(context.seed)
+        draw = generator.random()
+        if draw < self._slips:
+            return _said(self._format, _slip(context, generator), sampled=False)
+        if command is None or draw < self._slips + self._noise:
             return _said(self._format, _any_admissible(context, generator), sampled=False)
         return _said(self._format, command, sampled=True)
 
@@ -162,6 +172,17 @@ class RandomPolicy:
 def _any_admissible(context: Context, generator: np.random.Generator) -> str:
     commands = admissible(context.info)
     return commands[int(generator.integers(len(commands)))]
+
+
+def _slip(context: Context, generator: np.random.Generator) -> str:
+    """The head of one admissible command and the tail of another, such as ``take mug 1 from drawer 2`` in vain."""
+    known = set(admissible(context.info))
+    for _ in range(10):
+        head, tail = (_any_admissible(context, generator).split() for _ in range(2))
+        cut = int(generator.integers(1, max(2, min(len(head), len(tail)))))
+        if (command := " ".join(head[:cut] + tail[cut:])) not in known:
+            return command
+    return _any_admissible(context, generator)
 
 
 def _said(format: Format, command: str, *, sampled: bool) -> Act:

@@ -35,8 +35,8 @@ def collect_demonstrations(
 ) -> list[Tree]:
     """Let the expert play ``config.sft.tasks`` tasks, evenly spaced over ``tasks``.
 
-    In a share ``config.sft.noise`` of the turns a random admissible command is played, and not imitated, so that
-    the model sees how the expert goes on after a mistake.
+    In the shares ``noise`` and ``slips`` of the turns it errs, which is not imitated, so that the model sees how the
+    expert goes on after a mistake.
     """
     chosen = [
         RolloutTask(task, config.sft.episodes_per_task, seed_from(config.seed, 1, index))
@@ -45,7 +45,7 @@ def collect_demonstrations(
     slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
     with make_pool(config.env, config.env.train_split, slots, expert_info=True) as pool:
         return rollout(
-            ExpertPolicy(format, noise=config.sft.noise),
+            ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips),
             pool,
             format,
             chosen,
