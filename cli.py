@@ -92,14 +92,18 @@ def _parser() -> argparse.ArgumentParser:
     play.set_defaults(run=_play)
 
     recipes = commands.add_parser("recipes", help="list the algorithms, or show one", allow_abbrev=False)
-    recipes.add_argument("name", nargs="?", help="show this recipe's slots, equations and sources")
     recipes.set_defaults(run=_recipes)
+    show = recipes.add_subparsers(title="actions", metavar="ACTION").add_parser(
+        "show", help="presets, slots, equations, sources and options of one recipe"
+    )
+    show.add_argument("name", help="recipe, such as epo, or several joined by +")
+    show.set_defaults(run=_recipe)
 
     data = commands.add_parser("data", help="prepare datasets", allow_abbrev=False)
     actions = data.add_subparsers(title="actions", metavar="ACTION", required=True)
     pack = actions.add_parser("pack", help="pack a published ALFWorld dataset into one compressed file")
     pack.add_argument("root", help="folder that holds json_2.1.1, or that folder itself")
-    pack.add_argument("out", help="folder that receives the pack")
+    pack.add_argument("out", help="folder that receives the pack, or a name ending in .jsonl.xz or .jsonl.gz")
     pack.set_defaults(run=_pack)
 
     report = commands.add_parser("report", help="write report.html of a run again", allow_abbrev=False)
@@ -234,11 +238,15 @@ def _play(arguments: argparse.Namespace) -> int:
 def _recipes(arguments: argparse.Namespace) -> int:
     from .algorithms.recipes import describe, recipes
 
-    if arguments.name:
-        print(describe(arguments.name))
-    else:
-        for name in recipes():
-            print(f"{name:12} {describe(name).splitlines()[0].partition(': ')[2]}")
+    for name in recipes():
+        print(f"{name:12} {describe(name).splitlines()[0].partition(': ')[2]}")
+    return 0
+
+
+def _recipe(arguments: argparse.Namespace) -> int:
+    from .algorithms.recipes import describe
+
+    print(describe(arguments.name))
     return 0
 
 
@@ -246,7 +254,7 @@ def _pack(arguments: argparse.Namespace) -> int:
     from .envs.alfworld.pack import write_pack
 
     counts = write_pack(arguments.root, arguments.out)
-    print(", ".join(f"{split}: {count} games" for split, count in counts.items()))
+    print(", ".join(f"{split}: {count} games" for split, count in counts.items()), "in", arguments.out)
     return 0
 
 

@@ -206,7 +206,7 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
     """The schema that holds the last key of ``location``; union tags are part of pydantic's locations."""
-    variants = {"small": SmallModelConfig, "pretrained": PretrainedModelConfig}
+    variants: dict[str, type[BaseModel]] = {"small": SmallModelConfig, "pretrained": PretrainedModelConfig}
     section: type[BaseModel] = RunConfig
     for key in location[:-1]:
         if key in variants and section is RunConfig:

@@ -61,9 +61,7 @@ class ChatFormat:
         self.stop_strings: tuple[str, ...] = ("</action>",) if think else ()
         special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
         special.update(tokenizer.all_special_tokens)
-        self._special = re.compile(
-            "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True))
-        )
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
         first, action, second = "first-observation", "first-action", "second-observation"
         opening = [{"role": "user", "content": first}]
@@ -74,9 +72,7 @@ class ChatFormat:
         except TemplateError:
             opening = [{"role": "user", "content": f"{instruction}\n\n{first}"}]
             start = self._render(opening)
-        whole = self._render(
-            [*opening, {"role": "assistant", "content": action}, {"role": "user", "content": second}]
-        )
+        whole = self._render([*opening, {"role": "assistant", "content": action}, {"role": "user", "content": second}])
         self._before, self._after = start.split(first)
         between, self._suffix = whole.split(action)[1].split(second)
         end = self._special.search(between)
@@ -134,7 +130,5 @@ class ChatFormat:
     def _render(self, messages: list[dict[str, str]]) -> str:
         # Llama 3 writes today's date unless it is given one: the same run must give the same tokens tomorrow.
         options: dict[str, Any] = {"enable_thinking": self._think, "date_string": "26 Jul 2024"}
-        text = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **options
-        )
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
         return str(text)

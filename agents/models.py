@@ -2,6 +2,7 @@
 
 - ``build_small_model``: a Llama of one to five million parameters.
 - ``load_model``: a model and its tokenizer from a folder or a hub name.
+- ``place``: a model on a device.
 """
 
 from __future__ import annotations
@@ -91,9 +92,7 @@ def load_model(
         siblings = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
         hint = nearest(folder.name, siblings) if siblings else ""
         raise UsageError(f"there is no model folder {source}{hint}")
-    offline = local or any(
-        os.environ.get(variable, "").upper() in ("1", "TRUE", "YES", "ON") for variable in _OFFLINE
-    )
+    offline = local or any(os.environ.get(variable, "").upper() in ("1", "TRUE", "YES", "ON") for variable in _OFFLINE)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=offline)
         model = AutoModelForCausalLM.from_pretrained(
@@ -103,15 +102,18 @@ def load_model(
         reason = str(error).strip().splitlines()[0]
         if local:
             raise UsageError(f"the model in {source} cannot be loaded: {reason}") from error
-        state = (
-            "and the hub is switched off (HF_HUB_OFFLINE)" if offline else f"and the hub gave none: {reason}"
-        )
+        state = "and the hub is switched off (HF_HUB_OFFLINE)" if offline else f"and the hub gave none: {reason}"
         raise UsageError(
             f"model '{source}' is neither a folder here nor in the local cache, {state}; "
             f"give a folder, or fetch it with `hf download {source}`"
         ) from error
-    place: Any = torch.device(device)  # the decorated method loses its signature
-    return model.to(place).eval(), tokenizer
+    return place(model, device).eval(), tokenizer
+
+
+def place(model: PreTrainedModel, device: str | torch.device) -> PreTrainedModel:
+    """Move ``model`` to ``device``, in place, and return it."""
+    target: Any = torch.device(device)  # transformers' decorated method loses its signature
+    return model.to(target)
 
 
 def _dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -37,7 +37,12 @@ class PlainFormat:
     stop_strings: tuple[str, ...] = ()
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, remind: bool = True, compact: bool = True, show_admissible: bool = False
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        remind: bool = True,
+        compact: bool = True,
+        show_admissible: bool = False,
     ) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [word for word in (*SPECIAL_TOKENS, "\n") if word not in vocabulary]
@@ -48,17 +53,13 @@ class PlainFormat:
             )
         self._bos, self._obs, self._act, self._end = (vocabulary[word] for word in (BOS, OBS, ACT, END))
         self._newline = vocabulary["\n"]
-        self._words = {
-            index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")
-        }
+        self._words = {index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")}
         self._remind = remind
         self._show_admissible = show_admissible
         self.stop_token_ids = (self._end,)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.encode_special_tokens = True  # a world that says "<end>" must not end a message
-        dropped = (
-            frozenset(vocabulary[word] for word in FILLER if word in vocabulary) if compact else frozenset()
-        )
+        dropped = frozenset(vocabulary[word] for word in FILLER if word in vocabulary) if compact else frozenset()
         self._encode = _cached_encoder(backend, dropped)
         self._encode_command = _cached_encoder(backend, frozenset())
 

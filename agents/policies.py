@@ -78,9 +78,7 @@ class EnginePolicy:
         max_action_tokens: longest action.
     """
 
-    def __init__(
-        self, engine: Engine, format: Format, sampling: SamplingParams, *, max_action_tokens: int
-    ) -> None:
+    def __init__(self, engine: Engine, format: Format, sampling: SamplingParams, *, max_action_tokens: int) -> None:
         self.engine = engine
         self.max_action_tokens = max_action_tokens
         self._format = format
@@ -123,10 +121,8 @@ class ExpertPolicy:
         max_action_tokens: room that a context must leave.
     """
 
-    def __init__(
-        self, format: Format, *, noise: float = 0.0, slips: float = 0.0, max_action_tokens: int = 32
-    ) -> None:
-        if not (0.0 <= noise and 0.0 <= slips and noise + slips <= 1.0):
+    def __init__(self, format: Format, *, noise: float = 0.0, slips: float = 0.0, max_action_tokens: int = 32) -> None:
+        if not (noise >= 0.0 and slips >= 0.0 and noise + slips <= 1.0):
             raise UsageError(f"noise {noise} and slips {slips} are no probabilities; expected 0 to 1 together")
         self.max_action_tokens = max_action_tokens
         self._format = format

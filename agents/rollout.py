@@ -88,9 +88,7 @@ def rollout(
     rendering = _Rendering(
         format, window if context == "window" else None, max_context_tokens, policy.max_action_tokens
     )
-    groups = [
-        [_Episode(task, member, split, rendering) for member in range(task.group_size)] for task in tasks
-    ]
+    groups = [[_Episode(task, member, split, rendering) for member in range(task.group_size)] for task in tasks]
     _Loop(policy, pool, [episode for group in groups for episode in group], progress).run()
     return [merge([episode.finish() for episode in group]) for group in groups]
 
@@ -166,9 +164,7 @@ class _Episode:
         self.tokens = whole
         parent = -1 if starts else self._leaf
         role: Role = "prompt" if starts else "observation"
-        self._leaf = self._tree.add(
-            parent, role, tokens, turn=-1 if starts else turn - 1, text=result.observation
-        )
+        self._leaf = self._tree.add(parent, role, tokens, turn=-1 if starts else turn - 1, text=result.observation)
         return True
 
     def context(self) -> Context:

@@ -42,9 +42,7 @@ def build_word_tokenizer(texts: Iterable[str], *, min_count: int = 1) -> PreTrai
     for text, repeats in Counter(texts).items():
         for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text)):
             counts[word] += repeats
-    words = sorted(
-        (word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w)
-    )
+    words = sorted((word for word, count in counts.items() if count >= min_count), key=lambda w: (-counts[w], w))
     vocabulary = dict.fromkeys([*SPECIAL_TOKENS, "\n", *words])
     backend = Tokenizer(WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=UNK))
     backend.normalizer = normalizer

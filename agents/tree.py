@@ -121,9 +121,7 @@ class Tree:
                 raise ValueError(f"{ids.shape} tokens, {chances.shape} logprobs, {spreads.shape} entropies")
         elif logprobs is not None or entropies is not None:
             raise ValueError("only a sampled node has log-probabilities and entropies")
-        node = Node(
-            index, parent, role, ids, sampled, chances, spreads, turn, float(reward), text, int(version)
-        )
+        node = Node(index, parent, role, ids, sampled, chances, spreads, turn, float(reward), text, int(version))
         self.nodes.append(node)
         return index
 
@@ -208,9 +206,7 @@ class Tree:
                 raise UsageError(f"unknown role '{entry['role']}'{nearest(entry['role'], get_args(Role))}")
             floats = {name: _decode(entry[name]) for name in ("logprobs", "entropies") if entry["sampled"]}
             tree.add(**entry | floats)
-        tree.trajectories = [
-            Trajectory(**entry | {"leaves": tuple(entry["leaves"])}) for entry in data["trajectories"]
-        ]
+        tree.trajectories = [Trajectory(**entry | {"leaves": tuple(entry["leaves"])}) for entry in data["trajectories"]]
         return tree
 
 

@@ -23,12 +23,12 @@ from ..agents.engines.base import Engine, SamplingParams
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.formats import make_format
 from ..agents.messages import Format
-from ..agents.models import build_small_model, load_model
+from ..agents.models import build_small_model, load_model, place
 from ..agents.policies import EnginePolicy
 from ..agents.tokenizer import build_word_tokenizer
 from ..config import EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
-from ..errors import UsageError
+from ..errors import UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
     try:
         return gymnasium.make(config.id, split=split, disable_env_checker=True, **config.kwargs).unwrapped
     except gymnasium.error.UnregisteredEnv as error:
+        # Those without a namespace are Gymnasium's own, which are no text worlds.
+        hint = nearest(config.id, (name for name in gymnasium.registry if "/" in name))
+        raise UsageError(f"env.id: there is no environment '{config.id}'{hint}") from error
+    except gymnasium.error.Error as error:
         raise UsageError(f"env.id: {error}") from error
     except TypeError as error:
         raise UsageError(f"env.kwargs: {error}") from error
@@ -88,6 +92,8 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
     Raises:
         UsageError: the model is not to be had, or the world cannot tell its vocabulary to the small model.
     """
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
     if isinstance(config.model, SmallModelConfig):
         world = open_world(config.env, config.env.train_split)
         lexicon = getattr(world, "lexicon", None)
@@ -108,15 +114,15 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
             seed=config.seed,
         )
     else:
-        model, tokenizer = load_model(config.model.path, dtype=config.model.dtype, device=device)
-    return Agent(model.to(device), tokenizer, make_format(config.agent.format, tokenizer))
+        model, tokenizer = load_model(config.model.path, dtype=config.model.dtype)
+    return Agent(place(model, device), tokenizer, make_format(config.agent.format, tokenizer))
 
 
 def load_agent(config: RunConfig, checkpoint: Path | str, device: torch.device) -> Agent:
     """The model of a checkpoint folder, or of the hub."""
     dtype = "float32" if isinstance(config.model, SmallModelConfig) else config.model.dtype
     model, tokenizer = load_model(checkpoint, dtype=dtype, device=device)
-    return Agent(model.to(device), tokenizer, make_format(config.agent.format, tokenizer))
+    return Agent(model, tokenizer, make_format(config.agent.format, tokenizer))
 
 
 def make_engine(agent: Agent) -> TorchEngine:

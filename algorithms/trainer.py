@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
+from ..agents.models import place
 from ..agents.rollout import Progress, RolloutTask, rollout
 from ..envs.pool import EnvPool
 from .assembly import (
@@ -204,8 +206,8 @@ class Trainer:
                 temporary = folder.with_name(".reference.tmp")
                 self.agent.model.save_pretrained(temporary)
                 temporary.rename(folder)
-            self._reference_model = type(self.agent.model).from_pretrained(folder, dtype=self.agent.model.dtype)
-            self._reference_model.to(self.device).requires_grad_(False)
+            model = type(self.agent.model).from_pretrained(folder, dtype=self.agent.model.dtype)
+            self._reference_model = place(model, self.device).requires_grad_(False)
         return self._reference_model
 
     def _warm_start(self) -> None:

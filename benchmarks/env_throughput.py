@@ -204,10 +204,7 @@ def measure(
         here, there = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
         stock, first, cached = (stack.enter_context(_process(here)) for _ in range(3))
         with _cache(there):
-            pools = [
-                stack.enter_context(EnvPool(WORLD, world, num_envs=slots, num_workers=workers))
-                for _ in range(2)
-            ]
+            pools = [stack.enter_context(EnvPool(WORLD, world, num_envs=slots, num_workers=workers)) for _ in range(2)]
 
         def run(part: Sequence[Game]) -> Iterator[tuple[str, Timing]]:
             tasks = [game.id for game in part]
@@ -308,9 +305,7 @@ def find_world(source: str, data: str | None, split: str) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m agentropy.benchmarks.env_throughput", description=main.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m agentropy.benchmarks.env_throughput", description=main.__doc__)
     parser.add_argument("--games", type=int, default=20)
     parser.add_argument("--blocks", type=int, default=5, help="groups of games to take medians over")
     parser.add_argument("--steps", type=int, default=10, help="steps per episode")
@@ -351,9 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"same text and admissible commands in all variants: {same} of {total} games\n{summary(machine)}",
         highlight=False,
     )
-    settings = {
-        name: getattr(options, name) for name in ("games", "blocks", "steps", "workers", "split", "seed")
-    }
+    settings = {name: getattr(options, name) for name in ("games", "blocks", "steps", "workers", "split", "seed")}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": machine,

@@ -131,11 +131,7 @@ class EnvPool:
         timeout: float = 120.0,
         start_timeout: float = 120.0,
     ) -> None:
-        if (
-            num_envs < 1
-            or (num_workers is not None and num_workers < 1)
-            or not min(timeout, start_timeout) > 0
-        ):
+        if num_envs < 1 or (num_workers is not None and num_workers < 1) or not min(timeout, start_timeout) > 0:
             raise UsageError(
                 "a pool needs num_envs >= 1, num_workers >= 1, timeout > 0 and start_timeout > 0, "
                 f"not {num_envs=}, {num_workers=}, {timeout=}, {start_timeout=}"
@@ -243,9 +239,7 @@ class EnvPool:
         chosen = range(self.num_envs) if slots is None else slots
         wanted = {slot for slot in chosen if self._slot(slot).pending}
         if not wanted and not all:
-            raise UsageError(
-                "nothing to wait for: no reset, step, restore or fork is under way in these slots"
-            )
+            raise UsageError("nothing to wait for: no reset, step, restore or fork is under way in these slots")
         end = math.inf if timeout is None else time.monotonic() + timeout
         results: list[EnvResult] = []
         self._pump(0.0)

@@ -134,9 +134,7 @@ class _Host:
                     self._episodes.pop(slot).env.close()
             return Failure.of(error)
 
-    def reset(
-        self, slot: int, payload: tuple[int | None, dict[str, Any] | None]
-    ) -> tuple[Any, dict[str, Any]]:
+    def reset(self, slot: int, payload: tuple[int | None, dict[str, Any] | None]) -> tuple[Any, dict[str, Any]]:
         seed, options = payload
         episode = self._episode(slot)
         episode.turn = 0

@@ -44,8 +44,7 @@ def logprob_entropy(
     """
     if logits.dim() != 2 or target.shape != logits.shape[:1]:
         raise UsageError(
-            f"logprob_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}; "
-            "expected [N, V] and [N]"
+            f"logprob_entropy: logits {tuple(logits.shape)} and target {tuple(target.shape)}; expected [N, V] and [N]"
         )
     if not temperature > 0:
         raise UsageError(f"logprob_entropy: temperature is {temperature}; expected > 0")

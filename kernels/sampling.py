@@ -1,6 +1,5 @@
 """Sampling from logits with given uniform numbers, and the statistics of each draw.
 
-- ``counter_uniforms``: uniform numbers that depend only on a seed and a counter.
 - ``Sample``: the drawn tokens and their statistics.
 - ``sample``: temperature, top-k and top-p sampling by inverse distribution function.
 """
@@ -9,38 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UsageError
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_A = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_B = np.uint64(0x94D049BB133111EB)
-
-
-def _splitmix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    state = (state ^ (state >> np.uint64(30))) * _MIX_A
-    state = (state ^ (state >> np.uint64(27))) * _MIX_B
-    return state ^ (state >> np.uint64(31))
-
-
-def counter_uniforms(seeds: NDArray[np.uint64], counters: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Return float64 uniforms in [0, 1), each a pure function of its ``(seed, counter)``.
-
-    The stream of a seed is SplitMix64 (Steele, Lea and Flood 2014) started at the mixed seed, so that
-    neighbouring seeds do not share a stream; counter n takes its n-th output, the upper 53 bits.
-
-    Args:
-        seeds: uint64[N].
-        counters: uint64[N] or a scalar array.
-    """
-    with np.errstate(over="ignore"):
-        key = _splitmix64(np.asarray(seeds, dtype=np.uint64) + _GOLDEN)
-        bits = _splitmix64(key + (np.asarray(counters, dtype=np.uint64) + np.uint64(1)) * _GOLDEN)
-    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 class Sample(NamedTuple):
@@ -106,9 +77,7 @@ def sample(
     kept = tempered if keep is None else tempered.masked_fill(~keep, -torch.inf)
     cumulative = kept.exp().double().cumsum(dim=-1)
     total = cumulative[:, -1:]
-    threshold = torch.minimum(
-        uniforms.to(cumulative)[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-    )
+    threshold = torch.minimum(uniforms.to(cumulative)[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
     logprob_raw = raw.gather(1, token)[:, 0]
     logprob = logprob_raw if tempered is raw else tempered.gather(1, token)[:, 0]
@@ -119,9 +88,7 @@ def sample(
         processed = logprob - mass
         processed_entropy = _entropy(kept - mass[:, None])
     token = token[:, 0]
-    return Sample(
-        token, logprob_raw, logprob, processed, raw_entropy, tempered_entropy, processed_entropy, mass
-    )
+    return Sample(token, logprob_raw, logprob, processed, raw_entropy, tempered_entropy, processed_entropy, mass)
 
 
 def _statistics_dtype(logits: Tensor) -> Tensor:

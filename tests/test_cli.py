@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,9 @@ def test_a_dry_run_prints_a_configuration_that_reads_back(capsys: pytest.Capture
         (["train", "--algorithm", "egpo"], "did you mean 'epo'"),
         (["train", "--algorithm", "epo", "--preset", "papr"], "did you mean 'paper'"),
         (["train", "--set", "algorithm.overrides.alfa=1"], "did you mean 'alpha'"),
-        (["train", "--env", "agentropy/ALFWord-v0"], "ALFWorld-v0"),
+        (["train", "--env", "agentropy/ALFWord-v0"], "did you mean 'agentropy/ALFWorld-v0'"),
+        (["train", "--env", "ALF world"], "ALF world"),
+        (["train", "--set", "env.kwargs.num_games.trian=9"], "did you mean 'train'"),
         (["train", "--set", "env.train_split=trian"], "did you mean 'train'"),
         (["train", "--set", "env.kwargs.sauce=1"], "sauce"),
         (["train", "--source", "pack", "--data", "/nowhere/games.jsonl.xz"], "/nowhere/games.jsonl.xz"),
@@ -44,7 +47,8 @@ def test_a_dry_run_prints_a_configuration_that_reads_back(capsys: pytest.Capture
         (["eval", "/nowhere", "--split", "valid_sen"], "did you mean 'valid_seen'"),
         (["play", "--agent", "expert", "--task", "pick_nothing"], "pick_nothing"),
         (["data", "pack", "/nowhere", "/nowhere/out"], "/nowhere"),
-        (["recipes", "grop"], "did you mean 'grpo'"),
+        (["data", "pack", "/nowhere", "/nowhere/games.zip"], "ends in .jsonl.xz or .jsonl.gz"),
+        (["recipes", "show", "grop"], "did you mean 'grpo'"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
@@ -82,4 +86,21 @@ def test_a_person_can_play_ask_for_commands_and_leave() -> None:
 def test_recipes_are_listed_and_shown() -> None:
     listed = run("recipes")
     assert {"grpo", "epo"} <= {line.split()[0] for line in listed.stdout.splitlines()}
-    assert "2509.22576" in run("recipes", "epo").stdout
+    shown = run("recipes", "show", "epo").stdout
+    assert "2509.22576" in shown and "aggregation" in shown and "entropy_coef=0.001" in shown
+
+
+def test_a_dataset_is_packed_and_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = tmp_path / "json_2.1.1" / "train" / "pick_and_place_simple-Mug-None-Desk-301" / "trial"
+    folder.mkdir(parents=True)
+    game = {
+        "pddl_domain": "(define (domain alfred))",
+        "grammar": "Your task is to: put a mug in desk.",
+        "pddl_problem": "(define (problem mug))",
+        "walkthrough": ["look"],
+        "solvable": True,
+    }
+    (folder / "game.tw-pddl").write_text(json.dumps(game))
+    assert main(["data", "pack", str(tmp_path), str(tmp_path / "pack")]) == 0
+    assert capsys.readouterr().out.startswith("train: 1 games in ")
+    assert (tmp_path / "pack" / "games.jsonl.xz").is_file()

@@ -61,9 +61,7 @@ class KVArena:
             if len(targets) == 1:
                 tensor[targets[0], :, :length] = tensor[source, :, :length]
             else:
-                tensor[:, :, :length].index_copy_(
-                    0, index, tensor[source, :, :length].expand(len(targets), -1, -1, -1)
-                )
+                tensor[:, :, :length].index_copy_(0, index, tensor[source, :, :length].expand(len(targets), -1, -1, -1))
 
     def swap(self, a: int, b: int, length: int) -> None:
         """Exchange the first ``length`` positions of two slots."""
@@ -77,9 +75,7 @@ class KVArena:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
-    def resized(
-        self, slots: int, capacity: int, kept: NDArray[np.int64], lengths: NDArray[np.int64]
-    ) -> KVArena:
+    def resized(self, slots: int, capacity: int, kept: NDArray[np.int64], lengths: NDArray[np.int64]) -> KVArena:
         """Return an arena of another shape whose slot i holds the first ``lengths[i]`` of slot ``kept[i]``."""
         first = self.keys[0]
         arena = KVArena(self.layers, slots, capacity, dtype=first.dtype, device=first.device)

@@ -89,9 +89,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UsageError(
-                f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)"
-            )
+            raise UsageError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
         if self.top_k < 0:
             raise UsageError(f"top_k is {self.top_k}; expected 0 (keep all) or a positive count")
         if not 0 < self.top_p <= 1:
@@ -114,7 +112,8 @@ class Completion:
         raw_entropies: float32[n], of softmax(logits).
         stop: why it ended.
         version: the weights that sampled it.
-        cached_tokens: how many context tokens were not computed for this request, 0 <= cached_tokens < L.
+        cached_tokens: how many context tokens were not computed for this request, 0 <= cached_tokens <= L; all L
+            where another request of the batch has the same context.
     """
 
     tokens: NDArray[np.int32]

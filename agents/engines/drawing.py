@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,15 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...kernels.sampling import counter_uniforms, sample
+from ...kernels.sampling import sample
 from .base import SamplingParams
+from .uniforms import counter_uniforms
 
 
 class Tokenizer(Protocol):
     """What stop strings need of a tokenizer."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of ``token_ids``, special tokens included."""
+    def decode(self, token_ids: list[int], /) -> str | list[str]:
+        """Return the text of ``token_ids``, special tokens included; tokenizers of batches return lists too."""
         ...
 
 
@@ -57,9 +57,7 @@ class Generation:
         rows, number, params = self.active, len(self.tokens), self._params
         uniforms = torch.from_numpy(counter_uniforms(self._seeds[rows], np.array(number, dtype=np.uint64)))
         drawn = sample(logits, uniforms.to(logits.device), params.temperature, params.top_k, params.top_p)
-        statistics = torch.stack(
-            (drawn.logprob_tempered, drawn.logprob_raw, drawn.entropy_tempered, drawn.entropy_raw)
-        )
+        statistics = torch.stack((drawn.logprob_tempered, drawn.logprob_raw, drawn.entropy_tempered, drawn.entropy_raw))
         tokens = np.zeros(len(self.slots), dtype=np.int64)
         tokens[rows] = drawn.token.cpu().numpy()
         columns = np.zeros((4, len(self.slots)))
@@ -71,7 +69,7 @@ class Generation:
         self._stopped[rows] = np.isin(tokens[rows], self._stops)
         if params.stop_strings and self._tokenizer is not None:
             for row in rows:
-                text = self._tokenizer.decode([int(step[row]) for step in self.tokens])
+                text = str(self._tokenizer.decode([int(step[row]) for step in self.tokens]))
                 self._stopped[row] |= any(stop in text for stop in params.stop_strings)
         going = ~self._stopped[rows] & (self._count[rows] < self._limits[rows])
         self.active = rows[going] if self.finite else rows[:0]

@@ -118,9 +118,7 @@ class LlamaRunner:
             q, k, v = attention.q_proj, attention.k_proj, attention.v_proj
             q_bias = None if q.bias is None else paired(q.bias, self._query_heads)
             k_bias = None if k.bias is None else paired(k.bias, self._key_heads)
-            qkv = torch.cat(
-                (paired(q.weight, self._query_heads), paired(k.weight, self._key_heads), v.weight)
-            )
+            qkv = torch.cat((paired(q.weight, self._query_heads), paired(k.weight, self._key_heads), v.weight))
             gate_up = torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))
             self._blocks.append(
                 _Layer(
@@ -275,7 +273,5 @@ class LlamaRunner:
                 mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)))
                 mask = mask.to(device=device, dtype=dtype)
             start = int(ends[first] - counts[first])
-            runs.append(
-                _Run(start, int(ends[last - 1]), last - first, int(slots[first]), width, length, pad, mask)
-            )
+            runs.append(_Run(start, int(ends[last - 1]), last - first, int(slots[first]), width, length, pad, mask))
         return runs

@@ -65,9 +65,7 @@ class TorchEngine:
             UsageError: a bound is not positive, or the model cannot be cached.
         """
         if max_batch < 1 or cache_tokens < 2:
-            raise UsageError(
-                f"max_batch={max_batch}, cache_tokens={cache_tokens}; expected at least 1 and at least 2"
-            )
+            raise UsageError(f"max_batch={max_batch}, cache_tokens={cache_tokens}; expected at least 1 and at least 2")
         first = next(model.parameters())
         self._shared = model
         self._device = torch.device(device) if device is not None else first.device
@@ -82,9 +80,7 @@ class TorchEngine:
         self._max_positions = getattr(self._model.config, "max_position_embeddings", None) or 2**31
         self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
         self._runner: Runner = (
-            LlamaRunner(self._model)
-            if fused and LlamaRunner.supports(self._model)
-            else GenericRunner(self._model)
+            LlamaRunner(self._model) if fused and LlamaRunner.supports(self._model) else GenericRunner(self._model)
         )
         self._runner.refresh()
         self._cache = PrefixCache(
@@ -120,9 +116,7 @@ class TorchEngine:
         try:
             with torch.inference_mode(), evaluating(self._model):
                 if waiting:
-                    lengths = [
-                        len(requests[i].tokens) + min(room[i], requests[i].max_tokens) for i in waiting
-                    ]
+                    lengths = [len(requests[i].tokens) + min(room[i], requests[i].max_tokens) for i in waiting]
                     wave = min(self._max_batch, self._cache.reserve(max(lengths)))
                     for start in range(0, len(waiting), wave):
                         rows = waiting[start : start + wave]
@@ -173,9 +167,7 @@ class TorchEngine:
             self._runner.layers, max_tokens=2, max_slots=1, dtype=self._dtype, device=self._device
         )
 
-    def _wave(
-        self, requests: Sequence[Request], room: Sequence[int], params: SamplingParams
-    ) -> list[Completion]:
+    def _wave(self, requests: Sequence[Request], room: Sequence[int], params: SamplingParams) -> list[Completion]:
         """Generate for requests that fit the cache together."""
         slots, cached, logits = self._prefill([request.tokens for request in requests])
         slots = self._cache.gather(slots)

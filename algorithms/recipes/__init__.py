@@ -1,15 +1,16 @@
 """One file per method; a new file with a registered ``Method`` is a new recipe.
 
 - ``recipe``: make a recipe by name. ``recipes``: the names.
-- ``available_presets``: the presets of a name.
+- ``available_presets``: the presets of a name. ``describe``: all about a name, as text for people.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from typing import Any
+import textwrap
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -18,6 +19,8 @@ from ..recipe import METHODS, Method, Recipe
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
+
+_WIDTH = 100
 
 
 def recipes() -> tuple[str, ...]:
@@ -63,6 +66,59 @@ def recipe(
         raise UsageError(f"total_steps must be at least 1, not {total_steps}")
     methods = {part: _build(part, values) for part, values in options.items()}
     return Recipe(name, methods, total_steps, preset, slots)
+
+
+def describe(name: str) -> str:
+    """Presets, slots, equations, sources and options of a recipe, as lines of text; the first is ``name: summary``.
+
+    Raises:
+        UsageError: unknown recipe, with the nearest valid one.
+    """
+    parts, named = _parts(name), name.split("+")
+    told = recipe(name).describe()
+    lines = [f"{name}: {'; '.join(METHODS[part].summary for part in named)}"]
+    lines += [f"  on top of {part}: {METHODS[part].summary}" for part in parts if part not in named]
+    presets = METHODS[parts[-1]].presets
+    sections = {
+        "presets": _table((preset, _settings(values)) for preset, values in sorted(presets.items())),
+        "slots": _table(
+            (slot, "; ".join(filling) or "none" if isinstance(filling, list) else filling)
+            for slot, filling in told["slots"].items()
+        ),
+        "equations": [f"  {equation}" for equation in told["equations"]],
+        "sources": [f"  {source}" for source in told["sources"]],
+    }
+    for part in parts:
+        sections[f"options of {part}"] = _table(_options(METHODS[part]))
+    for title, rows in sections.items():
+        if rows:
+            lines += ["", title, *rows]
+    return "\n".join(lines)
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{option}={value!r}" for option, value in values.items()) or "the defaults"
+
+
+def _options(method: type[Method]) -> Iterable[tuple[str, str]]:
+    """Per option, ``name=default`` and what is known of it."""
+    for option, field in method.model_fields.items():
+        words = [field.description] if field.description else []
+        if get_origin(field.annotation) is Literal:
+            words.append(f"One of {', '.join(get_args(field.annotation))}.")
+        yield f"{option}={field.default!r}", " ".join(" ".join(words).replace("``", "`").split())
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Two columns, the second one wrapped."""
+    rows = list(rows)
+    first = 2 + max((len(left) for left, _ in rows), default=0) + 2
+    lines = []
+    for left, right in rows:
+        wrapped = textwrap.wrap(right, max(40, _WIDTH - first), break_on_hyphens=False) or [""]
+        lines.append(f"  {left}".ljust(first) + wrapped[0])
+        lines += [" " * first + line for line in wrapped[1:]]
+    return [line.rstrip() for line in lines]
 
 
 def _parts(name: str) -> list[str]:

@@ -75,9 +75,7 @@ def _find(data: str | os.PathLike[str] | None) -> Path:
     if (root / RELEASE).is_dir():
         root /= RELEASE
     if not any((root / split).is_dir() for split in SPLITS):
-        raise UsageError(
-            f"no ALFWorld dataset in {root}: expected {RELEASE}/ with folders {', '.join(SPLITS)}"
-        )
+        raise UsageError(f"no ALFWorld dataset in {root}: expected {RELEASE}/ with folders {', '.join(SPLITS)}")
     return root
 
 

@@ -47,9 +47,7 @@ class Node:
 
     __slots__ = ("_edges", "_generation", "_menu", "_state", "changes", "facts", "origin", "won")
 
-    def __init__(
-        self, facts: Facts, changes: frozenset[tuple[Fact, bool]], origin: tuple[Node, int] | None
-    ) -> None:
+    def __init__(self, facts: Facts, changes: frozenset[tuple[Fact, bool]], origin: tuple[Node, int] | None) -> None:
         """Hold the facts, how they differ from the initial ones, and the parent and operator that led here first."""
         self.facts = facts
         self.changes = changes
@@ -76,9 +74,7 @@ class GroundedGame:
             name: Entity(name, self._translation.objects[name], shown) for name, shown in self.names.items()
         }
         self._initial = frozenset(initial)
-        self._static = frozenset(
-            (name, *row) for (name, _), row in initial if name not in self._translation.fluents
-        )
+        self._static = frozenset((name, *row) for (name, _), row in initial if name not in self._translation.fluents)
         self._varying = frozenset(
             name
             for name, template in self._grammar.templates.items()
@@ -114,10 +110,7 @@ class GroundedGame:
         """Return the atoms that hold in ``node``, as predicate and arguments in PDDL names."""
         fluents = self._translation.fluents
         return self._static | {
-            (name, *row)
-            for (name, _), table in node.facts.tables.items()
-            if name in fluents
-            for row in table.rows
+            (name, *row) for (name, _), table in node.facts.tables.items() if name in fluents for row in table.rows
         }
 
     def _menu(self, node: Node) -> Menu:
@@ -158,9 +151,7 @@ class GroundedGame:
             changes = self._changes(node, effects)
             child = self._nodes.get((after, changes))
             if child is None:
-                child = self._nodes[after, changes] = Node(
-                    node.facts.changed(effects), changes, (node, operator)
-                )
+                child = self._nodes[after, changes] = Node(node.facts.changed(effects), changes, (node, operator))
                 child._state, child._generation = after, self._generation
                 child.won = planner.goal(after)
         action, binding = self._binding(self._translation.operators[operator])

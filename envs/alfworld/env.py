@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 NOTHING = "Nothing happens."
 ENGINES = ("textworld",)
+EXPERTS = ("oracle", "explorer")
 Info = dict[str, Any]
 
 
@@ -64,9 +65,12 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         data: str | os.PathLike[str] | None = None,
         *,
         task_types: Sequence[str] | None = None,
+        num_games: Mapping[str, int] | None = None,
+        game_seed: int = 0,
         max_turns: int = 50,
         reward_scale: float = 1.0,
         engine: str = "textworld",
+        expert: str = "oracle",
         expert_info: bool = False,
         render_mode: str | None = None,
     ) -> None:
@@ -77,9 +81,13 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             source: ``"generated"``, ``"dataset"`` or ``"pack"``.
             data: where the dataset or pack lies.
             task_types: keep only tasks of these of the six types; None keeps all.
+            num_games: generated games per split, such as ``{"train": 10_000}``; a split left out keeps its 2000
+                (train) or 200. The first games stay the same whatever their number.
+            game_seed: another number, not negative, generates other games.
             max_turns: turns before truncation, at least 1.
             reward_scale: the reward of success (1 by default; verl-agent uses 10).
             engine: ``"textworld"``.
+            expert: ``"oracle"`` reads the true facts, ``"explorer"`` acts on what the episode has shown.
             expert_info: put the expert's next action in ``info``.
             render_mode: ``"ansi"``, ``"human"`` (prints) or None.
 
@@ -96,6 +104,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             raise UsageError(f"max_turns must be at least 1, got {max_turns}")
         if engine not in ENGINES:
             raise UsageError(f"unknown ALFWorld engine {engine!r}{nearest(engine, ENGINES)}")
+        if expert not in EXPERTS:
+            raise UsageError(f"unknown ALFWorld expert {expert!r}{nearest(expert, EXPERTS)}")
         if render_mode is not None and render_mode not in self.metadata["render_modes"]:
             raise UsageError(
                 f"unknown render mode {render_mode!r}{nearest(render_mode, self.metadata['render_modes'])}"
@@ -107,9 +117,10 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.render_mode = render_mode
         self.observation_space = TextSpace(max_length=1 << 14)
         self.action_space = TextSpace(max_length=256)
+        self._expert_kind = expert
         self._expert_info = expert_info
         self._types = frozenset(task_types or TASK_TYPES)
-        self._index = open_index(source, data)
+        self._index = open_index(source, data, num_games=num_games, game_seed=game_seed)
         self._tasks: dict[str, tuple[str, ...]] = {}
         if not self.tasks():
             raise UsageError(f"split {split!r} has no task of type {', '.join(sorted(self._types))}")
@@ -117,6 +128,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._grounded: GroundedGame
         self._node: Node
         self._commands: tuple[str, ...] = ()
+        self._seen: frozenset[str] = frozenset()
+        """Receptacles whose content the episode has shown; kept for the explorer only."""
         self._turn = 0
         self._invalid = False
         self._observation = ""
@@ -131,9 +144,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         """Return the task ids of ``split`` (by default the environment's) in sorted order."""
         split = self.split if split is None else split
         if split not in self._tasks:
-            self._tasks[split] = tuple(
-                task for task in self._index.tasks(split) if task_type(task) in self._types
-            )
+            self._tasks[split] = tuple(task for task in self._index.tasks(split) if task_type(task) in self._types)
         return self._tasks[split]
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
@@ -177,7 +188,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             self._observation = NOTHING
         else:
             self._node, self._observation = move
-            self._commands = (*self._commands, command)
+            self._remember(command)
         if self.render_mode == "human":
             print(f"> {command}")
             self.render()
@@ -216,14 +227,16 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             if move is None:
                 raise UsageError(f"the snapshot does not replay: {command!r} is not admissible")
             self._node = move[0]
-        self._commands, self._turn = snapshot.commands, snapshot.turn
+            self._remember(command)
+        self._turn = snapshot.turn
         self._observation, self._invalid = snapshot.observation, snapshot.invalid
         return self._observation, self._info()
 
     def expert(self) -> Iterator[str]:
         """Yield the expert's next action from whatever state the environment is in, until the episode is over.
 
-        The game's walkthrough while the episode has followed it, else an oracle that reads the true facts.
+        The ``oracle`` is the game's walkthrough while the episode has followed it, else a plan on the true facts.
+        The ``explorer`` knows what the episode has shown, and searches.
         """
         self._started()
         while (action := self._expert_action()) is not None:
@@ -244,8 +257,18 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             self._grounded = ground(game)
             self._game = game
         self._node = self._grounded.root
-        self._commands, self._turn, self._invalid = (), 0, False
+        self._commands, self._turn, self._invalid, self._seen = (), 0, False, frozenset()
         self._observation = self._grounded.intro.removeprefix(BANNER)
+
+    def _remember(self, command: str) -> None:
+        """Note that ``command`` has led to the current state."""
+        self._commands = (*self._commands, command)
+        if self._expert_kind == "explorer":
+            from .explorer import reveals
+
+            shown = reveals(command, self._grounded.facts(self._node), self._grounded.names)
+            if shown is not None:
+                self._seen |= {shown}
 
     def _split_of(self, task: str) -> str:
         """Return the split that holds ``task``, looking into the environment's own first."""
@@ -286,6 +309,10 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             return None
         game, grounded = self._started(), self._grounded
         admissible = grounded.admissible(self._node)
+        if self._expert_kind == "explorer":
+            from .explorer import explorer_action
+
+            return explorer_action(game, grounded.facts(self._node), self._seen, admissible, grounded.names)
         plan, done = game.walkthrough, len(self._commands)
         if done < len(plan) and plan[:done] == self._commands and plan[done] in admissible:
             return plan[done]

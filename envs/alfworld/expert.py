@@ -4,6 +4,7 @@
 - ``Problem``, ``parse_problem``: the objects, initial facts and goal of a PDDL problem.
 - ``plan``: the commands that win from a state.
 - ``oracle_action``: the first of these, if it is admissible.
+- ``World``, ``commands``, ``goal_of``: what these are made of.
 
 Facts are tuples ``(predicate, *arguments)`` in lower case; ``names`` maps PDDL names to display names. The expert keeps
 no memory: it plans anew from whatever state the game is in, so it also recovers from anyone's mistakes.
@@ -90,13 +91,13 @@ def oracle_action(
     Returns:
         A member of ``admissible``, or None when the goal holds already or cannot be reached.
     """
-    command = next(_commands(_goal(game.problem), _World(facts, names)), None)
+    command = next(commands(goal_of(game), World(facts, names)), None)
     return command if command in admissible else None
 
 
 def plan(goal: Goal, facts: Iterable[Fact], names: Mapping[str, str]) -> list[str]:
     """Return the commands that lead from ``facts`` to ``goal``; empty when it holds or cannot be reached."""
-    return list(_commands(goal, _World(facts, names)))
+    return list(commands(goal, World(facts, names)))
 
 
 @lru_cache(maxsize=4096)
@@ -104,7 +105,12 @@ def _goal(problem: str) -> Goal:
     return parse_goal(problem)
 
 
-class _World:
+def goal_of(game: Game) -> Goal:
+    """Return what ``game`` asks for."""
+    return _goal(game.problem)
+
+
+class World:
     """The facts, indexed, and kept up to date by the commands that its methods yield."""
 
     def __init__(self, facts: Iterable[Fact], names: Mapping[str, str]) -> None:
@@ -136,7 +142,7 @@ class _World:
         """Order receptacles by the commands needed to get into them, then as a person would list them."""
         kind, _, number = self.names[receptacle].rpartition(" ")
         away = self.location[receptacle] != self.agent
-        return away + self._shut(receptacle), kind, int(number)
+        return away + self.shut(receptacle), kind, int(number)
 
     def holds(self, kind: str) -> bool:
         """Whether the agent holds an object of type ``kind``."""
@@ -148,13 +154,13 @@ class _World:
             yield f"go to {self.names[receptacle]}"
 
     def take(self, name: str, receptacle: str) -> Iterator[str]:
-        yield from self._reach(receptacle)
+        yield from self.reach(receptacle)
         self.inside[name].discard(receptacle)
         self.held = name
         yield f"take {self.names[name]} from {self.names[receptacle]}"
 
     def put(self, receptacle: str) -> Iterator[str]:
-        yield from self._reach(receptacle)
+        yield from self.reach(receptacle)
         assert self.held is not None
         held, self.held = self.held, None
         self.inside[held].add(receptacle)
@@ -169,24 +175,27 @@ class _World:
         if homes:
             yield from self.put(min(homes, key=self.effort))
 
-    def _shut(self, receptacle: str) -> bool:
+    def shut(self, receptacle: str) -> bool:
+        """Whether it must be opened first."""
         return receptacle in self.openable and receptacle not in self.opened
 
-    def _reach(self, receptacle: str) -> Iterator[str]:
+    def reach(self, receptacle: str) -> Iterator[str]:
+        """Go there and open it."""
         yield from self.go(receptacle)
-        if self._shut(receptacle):
+        if self.shut(receptacle):
             self.opened.add(receptacle)
             yield f"open {self.names[receptacle]}"
 
 
-def _commands(goal: Goal, world: _World) -> Iterator[str]:
+def commands(goal: Goal, world: World) -> Iterator[str]:
+    """Yield the commands that lead to ``goal``, as far as ``world`` knows of what is needed."""
     if goal.lamp is not None:
         yield from _look(goal, goal.lamp, world)
     elif goal.receptacle is not None:
         yield from _place(goal, goal.receptacle, world)
 
 
-def _look(goal: Goal, lamp_type: str, world: _World) -> Iterator[str]:
+def _look(goal: Goal, lamp_type: str, world: World) -> Iterator[str]:
     """Hold the object, then stand by a lamp that was switched on."""
     if not world.holds(goal.object):
         yield from world.drop()
@@ -209,7 +218,7 @@ def _look(goal: Goal, lamp_type: str, world: _World) -> Iterator[str]:
         yield f"use {world.names[lamp]}"
 
 
-def _place(goal: Goal, receptacle_type: str, world: _World) -> Iterator[str]:
+def _place(goal: Goal, receptacle_type: str, world: World) -> Iterator[str]:
     """Bring objects to the receptacle that already has most of them, each by way of the station that readies it."""
     targets = world.of_type((receptacle_type,))
     if not targets:
@@ -236,7 +245,7 @@ def _place(goal: Goal, receptacle_type: str, world: _World) -> Iterator[str]:
         yield from world.put(target)
 
 
-def _placed(goal: Goal, target: str, world: _World) -> set[str]:
+def _placed(goal: Goal, target: str, world: World) -> set[str]:
     """The objects in ``target`` that count towards the goal; one that is held can be among them."""
     return {
         name
@@ -246,7 +255,7 @@ def _placed(goal: Goal, target: str, world: _World) -> set[str]:
     }
 
 
-def _source(goal: Goal, world: _World, placed: set[str]) -> tuple[str, str] | None:
+def _source(goal: Goal, world: World, placed: set[str]) -> tuple[str, str] | None:
     """The wanted object that takes the fewest commands to get and make ready, and the receptacle it lies in."""
     ready = world.states[goal.state] if goal.state is not None else set()
     sources = []

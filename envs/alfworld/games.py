@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -84,21 +84,33 @@ class GameIndex(Protocol):
         ...
 
 
-def open_index(source: str, data: str | os.PathLike[str] | None = None) -> GameIndex:
+def open_index(
+    source: str,
+    data: str | os.PathLike[str] | None = None,
+    *,
+    num_games: Mapping[str, int] | None = None,
+    game_seed: int = 0,
+) -> GameIndex:
     """Open a source of games.
 
     Args:
         source: ``"generated"``, ``"dataset"`` (the published layout) or ``"pack"``.
         data: folder or file of the source; a dataset falls back on ``$ALFWORLD_DATA``, ``generated`` takes none.
+        num_games: of ``generated`` alone: games per split; a split left out keeps its default.
+        game_seed: of ``generated`` alone: another non-negative number gives other games.
+
+    Raises:
+        UsageError: unknown source, data that is not there, or an option of another source.
     """
     if source == "generated":
         if data is not None:
-            raise UsageError(
-                "source='generated' takes no data; drop data= or choose source='pack' or 'dataset'"
-            )
+            raise UsageError("source='generated' takes no data; drop data= or choose source='pack' or 'dataset'")
         from .generator import GeneratedGames
 
-        return GeneratedGames()
+        return GeneratedGames(num_games=num_games, seed=game_seed)
+    for name, given in (("num_games", num_games is not None), ("game_seed", game_seed != 0)):
+        if given and source in SOURCES:
+            raise UsageError(f"source={source!r} takes no {name}; drop it or choose source='generated'")
     if source == "dataset":
         from .dataset import DatasetIndex
 
@@ -118,9 +130,7 @@ def check_split(split: str, available: Iterable[str] = SPLITS) -> str:
         raise UsageError(f"unknown ALFWorld split {split!r}{nearest(split, SPLITS)}")
     available = tuple(available)
     if split not in available:
-        raise UsageError(
-            f"split {split!r} is not in this source, which has {', '.join(available) or 'no split'}"
-        )
+        raise UsageError(f"split {split!r} is not in this source, which has {', '.join(available) or 'no split'}")
     return split
 
 

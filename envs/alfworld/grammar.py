@@ -122,19 +122,12 @@ class Grammar:
                 self._types.add(Type(name, supertypes))
         actions, grammar = pddl_logic._parse_and_convert(text, rule_name="pddlStart")
         self._rules: dict[str, list[tuple[Query | None, Symbols]]] = {
-            name: [
-                (self._query(rule.condition) if rule.condition else None, self._compile(rule.rhs))
-                for rule in rules
-            ]
+            name: [(self._query(rule.condition) if rule.condition else None, self._compile(rule.rhs)) for rule in rules]
             for name, rules in grammar._rules.items()
         }
         self.intro = self.parse("#intro#")
-        self.templates: dict[str, Symbols] = {
-            name: self.parse(action.template) for name, action in actions.items()
-        }
-        self.feedback: dict[str, Symbols] = {
-            name: self.parse(action.feedback_rule) for name, action in actions.items()
-        }
+        self.templates: dict[str, Symbols] = {name: self.parse(action.template) for name, action in actions.items()}
+        self.feedback: dict[str, Symbols] = {name: self.parse(action.feedback_rule) for name, action in actions.items()}
 
     def parse(self, text: str) -> Symbols:
         """Compile a start text such as ``"#intro#"``."""
@@ -194,9 +187,7 @@ class Grammar:
         raise UsageError(f"unknown symbol in the game's grammar: {symbol!r}")
 
     def _conditional(self, symbol: textgen.ConditionalSymbol) -> _Conditional:
-        return _Conditional(
-            self._symbol(symbol.expression), self._query(symbol.given) if symbol.given else None
-        )
+        return _Conditional(self._symbol(symbol.expression), self._query(symbol.given) if symbol.given else None)
 
     def _query(self, text: str) -> Query:
         atoms = []
@@ -206,9 +197,7 @@ class Grammar:
                 (predicate.signature.name, tuple(subtype.name for subtype in subtypes))
                 for subtypes in self._types.multi_subtypes(types)
             )
-            atoms.append(
-                (signatures, tuple((parameter.name, parameter.type) for parameter in predicate.parameters))
-            )
+            atoms.append((signatures, tuple((parameter.name, parameter.type) for parameter in predicate.parameters)))
         return Query(atoms)
 
 

@@ -80,6 +80,8 @@ class Rules:
     """Receptacle type to the object types that may be put there."""
     properties: dict[str, frozenset[str]]
     """Predicate (``cleanable``, ``heatable``, ...) to the object types that have it."""
+    types: frozenset[str]
+    """Every type of object and receptacle, furniture and slices included."""
 
 
 @lru_cache(maxsize=1)
@@ -93,7 +95,7 @@ def rules() -> Rules:
     properties = {name.lower(): frozenset(types) for name, types in constants.VAL_ACTION_OBJECTS.items()}
     properties["isReceptacleObject"] = frozenset(constants.MOVABLE_RECEPTACLES)
     holds = {name: frozenset(types) for name, types in constants.VAL_RECEPTACLE_OBJECTS.items()}
-    return Rules(holds, properties)
+    return Rules(holds, properties, frozenset(constants.OBJECTS_WSLICED))
 
 
 @lru_cache(maxsize=2)
@@ -163,6 +165,10 @@ def _more(
             # Spread over the room by a fixed stride; two neighbours (burners, hangers) share a pose.
             x, z = cells[(37 * (len(added) // 2) + 11) % len(cells)]
             location = siblings[index % len(siblings)] if siblings else _location(x, z, len(added) // 2 % 4, 45)
-            name = mangle(f"{kind}|{x:+06.2f}|{0.5 + 0.01 * len(added):+06.2f}|{z:+06.2f}")
+            place = f"{x:+06.2f}|{0.5 + 0.01 * len(added):+06.2f}|{z:+06.2f}"
+            # A basin is named after what it belongs to, as in the wheel's files: its text says the type once.
+            name = mangle(
+                f"{kind.removesuffix('Basin')}|{place}|{kind}" if kind.endswith("Basin") else f"{kind}|{place}"
+            )
             added.append(Receptacle(name, kind, location, openable=False))
     return added

@@ -23,8 +23,7 @@ def lexicon() -> tuple[str, ...]:
     forms = re.findall(r'"rhs": "(.*?)"', source) + re.findall(r'(?:template|feedback) :: "(.*?)"', source, re.DOTALL)
     # What stands in braces or between hashes is replaced when the text is made; the rest is said as it is.
     sentences = {re.sub(r"\{[^}]*\}|#[^#]*#|[\[\]|]|\\n", " ", form).strip() for form in forms}
-    types = set(rules().holds).union(*rules().holds.values(), *rules().properties.values())
     goals = {form.format(obj="", recep="") for forms in SENTENCES.values() for form in forms}
-    names = {name.lower() for name in types}
+    names = {name.lower() for name in rules().types}
     numbers = {str(number) for number in range(HIGHEST_NUMBER + 1)}
     return tuple(sorted((sentences | goals | names | numbers) - {""}))

@@ -113,12 +113,13 @@ class PackIndex:
         return grammar(GOAL_PLACEHOLDER)
 
 
-def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> int:
-    """Write the dataset under ``root`` (the published layout) as a pack and return its number of games.
+def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, int]:
+    """Write the dataset under ``root`` (the published layout) as a pack and return the number of games per split.
 
     Args:
         root: as for ``DatasetIndex``; every split found there is written.
-        out: the pack's file, ending in ``.xz`` or ``.gz``; domain and grammar are written beside it.
+        out: the pack's file, ending in ``.jsonl.xz`` or ``.jsonl.gz``, or the folder that receives a
+            ``games.jsonl.xz``; domain and grammar are written beside it.
 
     Raises:
         UsageError: the suffix is neither, or games differ in domain or grammar, which one pack cannot hold.
@@ -126,11 +127,13 @@ def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
     from .dataset import DatasetIndex
 
     out = Path(out).expanduser()
+    if out.is_dir() or not out.suffix:
+        out /= NAMES[0]
     if out.suffix not in SUFFIXES:
         raise UsageError(f"a pack's name ends in .jsonl.xz or .jsonl.gz, got {out.name!r}")
     index = DatasetIndex(root)
     shared: tuple[str, str] | None = None
-    count = 0
+    counts = dict.fromkeys(index.splits, 0)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{os.getpid()}.{out.name}")
     try:
@@ -141,9 +144,7 @@ def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
                     common = (game.domain, goal_template(game.grammar, game.task))
                     shared = shared or common
                     if common != shared:
-                        raise UsageError(
-                            f"game {task_id} has another domain or grammar than the games before it"
-                        )
+                        raise UsageError(f"game {task_id} has another domain or grammar than the games before it")
                     line = {
                         "split": split,
                         "id": task_id,
@@ -152,7 +153,7 @@ def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
                         "walkthrough": game.walkthrough,
                     }
                     file.write(json.dumps(line).encode() + b"\n")
-                    count += 1
+                    counts[split] += 1
         if shared is None:
             raise UsageError(f"no games to pack under {root}")
         out.with_name("domain.pddl").write_text(shared[0])
@@ -160,7 +161,7 @@ def write_pack(root: str | os.PathLike[str], out: str | os.PathLike[str]) -> int
         os.replace(partial, out)
     finally:
         partial.unlink(missing_ok=True)
-    return count
+    return counts
 
 
 def _open(path: Path, suffix: str, mode: Literal["rb", "wb"]) -> IO[bytes]:
@@ -174,9 +175,7 @@ def _find(path: Path) -> Path:
                 return path / name
         raise UsageError(f"no pack in {path}; expected {' or '.join(NAMES)}")
     if not path.exists():
-        raise UsageError(
-            f"no such pack: {path}; write one with `agentropy data pack`, or use source='generated'"
-        )
+        raise UsageError(f"no such pack: {path}; write one with `agentropy data pack`, or use source='generated'")
     if path.suffix not in SUFFIXES:
         raise UsageError(f"a pack's name ends in .jsonl.xz or .jsonl.gz, got {path.name!r}")
     return path

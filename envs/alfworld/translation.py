@@ -101,8 +101,7 @@ def _translate(game: Game) -> Translation:
         types=tuple((kind.name, tuple(kind.supertype_names)) for kind in task.types),
         objects={item.name: item.type_name for item in task.objects},
         parameters={
-            action.name: tuple((p.name.strip("?"), p.type_name) for p in action.parameters)
-            for action in task.actions
+            action.name: tuple((p.name.strip("?"), p.type_name) for p in action.parameters) for action in task.actions
         },
         init=tuple(
             (atom.predicate, *atom.args)

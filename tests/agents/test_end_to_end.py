@@ -89,9 +89,7 @@ def test_turns_of_an_episode_reuse_the_cache(pool, format, model, tasks):
 def test_the_expert_wins_every_task_in_a_pool(format):
     with EnvPool(WORLD, {"expert_info": True}, num_envs=4, num_workers=2) as pool:
         panel = [RolloutTask(task, 1, 0) for task in pool.tasks("valid_unseen")[::40]]
-        trees = rollout(
-            ExpertPolicy(format), pool, format, panel, split="valid_unseen", max_context_tokens=4096
-        )
+        trees = rollout(ExpertPolicy(format), pool, format, panel, split="valid_unseen", max_context_tokens=4096)
     for tree in trees:
         assert tree.trajectories[0].won and tree.trajectories[0].reward == 1.0
         assert tree.trajectories[0].info["invalid"] == 0

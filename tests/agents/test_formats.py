@@ -59,9 +59,7 @@ def chat_tokenizer(template):
             "<|eot_id|>",
         ]
     )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
     tokenizer.chat_template = template
     return tokenizer
 
@@ -87,9 +85,7 @@ def test_compact_text_leaves_filler_out_and_keeps_every_name(words):
     assert said(words, plain.prompt(ROOM, {})) == (
         "<bos> <obs> in middle of room fridge 1 task to put hot potato in fridge <act>"
     )
-    assert said(words, plain.observation(FRIDGE, {})) == (
-        "<obs> open fridge 1 fridge 1 open in it nothing <act>"
-    )
+    assert said(words, plain.observation(FRIDGE, {})) == ("<obs> open fridge 1 fridge 1 open in it nothing <act>")
 
 
 def test_an_action_without_end_token_is_closed_by_the_next_observation(words):
@@ -105,9 +101,24 @@ def test_plain_window_shows_the_goal_and_the_last_turns(words):
     )
 
 
+def test_every_observation_after_the_first_ends_with_the_goal(words):
+    plain = PlainFormat(words)
+    assert said(words, plain.prompt("open", INFO)) == "<bos> <obs> open <act>"
+    assert said(words, plain.observation("open", INFO)) == "<obs> open put hot potato in fridge <act>"
+    assert said(words, plain.observation("open", {})) == "<obs> open <act>"
+    assert said(words, plain.window([], "open", INFO)).count("potato") == 1
+    listing = PlainFormat(words, show_admissible=True).observation("open", INFO)
+    assert said(words, listing) == "<obs> open put hot potato in fridge | go to fridge 1 | look <act>"
+
+
+def test_without_reminder_the_goal_stands_in_the_prompt_alone(words):
+    plain = PlainFormat(words, remind=False)
+    assert said(words, plain.observation("open", INFO)) == "<obs> open <act>"
+
+
 def test_admissible_commands_are_listed_where_asked(words):
     plain = PlainFormat(words, show_admissible=True)
-    assert said(words, plain.observation("open", INFO)) == "<obs> open | go to fridge 1 | look <act>"
+    assert said(words, plain.prompt("open", INFO)) == "<bos> <obs> open | go to fridge 1 | look <act>"
     with pytest.raises(UsageError, match="no admissible"):
         plain.observation("open", {})
 
@@ -183,9 +194,7 @@ def test_the_stop_tokens_are_the_templates_end_and_the_eos():
 def test_a_template_without_system_role_gets_the_instruction_in_the_first_turn():
     tokenizer = chat_tokenizer(NO_SYSTEM)
     text = tokenizer.decode(ChatFormat(tokenizer, system="Act.").prompt("A room.", {}))
-    assert text.startswith(
-        "<|im_start|>user\nAct.\nAnswer with one command and nothing else.\n\nA room.<|im_end|>"
-    )
+    assert text.startswith("<|im_start|>user\nAct.\nAnswer with one command and nothing else.\n\nA room.<|im_end|>")
 
 
 def test_what_a_template_puts_before_the_answer_is_kept_in_every_turn():

@@ -23,9 +23,7 @@ def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_untouched(
     assert torch.equal(torch.rand(3), expected)
     second = build_small_model(50, hidden=16, intermediate=32, layers=1, seed=3)
     other = build_small_model(50, hidden=16, intermediate=32, layers=1, seed=4)
-    for (name, a), b, c in zip(
-        first.named_parameters(), second.parameters(), other.parameters(), strict=True
-    ):
+    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
         assert "norm" in name or not torch.equal(a, c)
 

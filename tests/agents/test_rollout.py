@@ -122,9 +122,7 @@ def babble(tasks, *, slots=4, shuffle=0, max_context_tokens=400, **options):
     engine = BabblingEngine(len(TOKENIZER), TOKENIZER.convert_tokens_to_ids(END))
     policy = EnginePolicy(engine, format, SamplingParams(), max_action_tokens=4)
     pool = InlinePool(slots, shuffle)
-    trees = rollout(
-        policy, pool, format, tasks, split="train", max_context_tokens=max_context_tokens, **options
-    )
+    trees = rollout(policy, pool, format, tasks, split="train", max_context_tokens=max_context_tokens, **options)
     return trees, engine
 
 
@@ -283,6 +281,23 @@ def test_noise_plays_admissible_commands_that_are_not_sampled():
     assert all(trajectory.info["invalid"] == 0 for trajectory in tree.trajectories)
 
 
+def test_slips_play_commands_that_are_not_admissible_and_not_sampled():
+    (tree,) = play(ExpertPolicy(PlainFormat(TOKENIZER), slips=0.4), [RolloutTask("task", 60, 0)])
+    actions = [node for node in tree.nodes if node.role == "action"]
+    slips = [node.text for node in actions if not node.sampled]
+    # All that the head of one command and the tail of another make, but for the commands themselves.
+    assert set(slips) == {"go", "look left", "look right"}
+    assert {node.text for node in actions if node.sampled} == {"go right"}
+    assert 0.3 < len(slips) / len(actions) < 0.5
+    assert sum(trajectory.info["invalid"] for trajectory in tree.trajectories) == len(slips)
+    assert all(trajectory.won for trajectory in tree.trajectories if not trajectory.truncated)
+
+
+def test_noise_and_slips_together_leave_the_expert_the_rest():
+    (tree,) = play(ExpertPolicy(PlainFormat(TOKENIZER), noise=0.3, slips=0.7), [RolloutTask("task", 20, 0)])
+    assert not any(node.sampled for node in tree.nodes)
+
+
 def test_random_play_is_never_sampled_and_repeats_with_its_seed():
     policy = RandomPolicy(PlainFormat(TOKENIZER))
     trees = play(policy, [RolloutTask("task", 8, 3)])
@@ -318,5 +333,8 @@ def test_wrong_options_are_named(options, message):
 def test_wrong_groups_and_noise_are_named():
     with pytest.raises(UsageError, match="group of 1 or more"):
         play(ExpertPolicy(PlainFormat(TOKENIZER)), [RolloutTask("task", 0, 0)])
-    with pytest.raises(UsageError, match="probability"):
+    with pytest.raises(UsageError, match="no probabilities"):
         ExpertPolicy(PlainFormat(TOKENIZER), noise=1.5)
+    for noise, slips in ((0.6, 0.6), (0.0, -0.1), (-0.5, 1.0)):
+        with pytest.raises(UsageError, match="together"):
+            ExpertPolicy(PlainFormat(TOKENIZER), noise=noise, slips=slips)

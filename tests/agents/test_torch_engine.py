@@ -46,9 +46,7 @@ SIZES = {
 
 
 def _llama() -> PreTrainedModel:
-    return LlamaForCausalLM(
-        LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True)
-    )
+    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True, attention_bias=True, mlp_bias=True))
 
 
 def _llama3() -> PreTrainedModel:
@@ -83,9 +81,7 @@ def _gpt2() -> PreTrainedModel:
 def _neox() -> PreTrainedModel:
     heads = {"num_attention_heads": 6, "max_position_embeddings": 256}
     return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, **heads
-        )
+        GPTNeoXConfig(vocab_size=VOCABULARY, hidden_size=48, intermediate_size=96, num_hidden_layers=2, **heads)
     )
 
 
@@ -118,9 +114,7 @@ def requests(tokens: Sequence[np.ndarray], max_tokens: int = 6, seed: int = 0) -
     return [Request(context, seed=seed + i, max_tokens=max_tokens) for i, context in enumerate(tokens)]
 
 
-def assert_exact(
-    model: PreTrainedModel, request: Request, completion: Completion, temperature: float = 1.0
-) -> None:
+def assert_exact(model: PreTrainedModel, request: Request, completion: Completion, temperature: float = 1.0) -> None:
     """Compare a completion's statistics with one forward pass over context and completion."""
     sequence = torch.from_numpy(np.concatenate((request.tokens, completion.tokens))).long()[None]
     with torch.no_grad():
@@ -188,8 +182,7 @@ def test_next_turn_computes_only_its_new_tokens(llama: PreTrainedModel) -> None:
     done = engine.generate(first, SamplingParams())
     assert [c.cached_tokens for c in done] == [0] * 5
     longer = [
-        np.concatenate((r.tokens, c.tokens, [1, 2, 3])).astype(np.int32)
-        for r, c in zip(first, done, strict=True)
+        np.concatenate((r.tokens, c.tokens, [1, 2, 3])).astype(np.int32) for r, c in zip(first, done, strict=True)
     ]
     before = engine.stats.prefill_tokens
     again = engine.generate(requests(longer), SamplingParams())
@@ -296,9 +289,7 @@ def test_greedy_equals_transformers_generate(llama: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.3), (10, 0.5)])
-def test_truncated_sampling_keeps_full_softmax_statistics(
-    llama: PreTrainedModel, top_k: int, top_p: float
-) -> None:
+def test_truncated_sampling_keeps_full_softmax_statistics(llama: PreTrainedModel, top_k: int, top_p: float) -> None:
     asked = requests(contexts(6), max_tokens=10)
     params = SamplingParams(temperature=1.5, top_k=top_k, top_p=top_p)
     for request, completion in zip(asked, TorchEngine(llama).generate(asked, params), strict=True):
@@ -313,9 +304,7 @@ def test_truncated_sampling_keeps_full_softmax_statistics(
 
 def test_stop_tokens_end_a_row_and_belong_to_it(llama: PreTrainedModel) -> None:
     stops = tuple(range(0, 30))
-    done = TorchEngine(llama).generate(
-        requests(contexts(12), max_tokens=40), SamplingParams(stop_token_ids=stops)
-    )
+    done = TorchEngine(llama).generate(requests(contexts(12), max_tokens=40), SamplingParams(stop_token_ids=stops))
     stopped = [c for c in done if c.stop is StopReason.STOP]
     assert len(stopped) > 6 and len({len(c.tokens) for c in stopped}) > 1
     for completion in done:
@@ -327,7 +316,7 @@ def test_stop_tokens_end_a_row_and_belong_to_it(llama: PreTrainedModel) -> None:
 class Letters:
     """Token t is written as two characters, so that a stop string can end in the middle of a token."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: list[int], /) -> str:
         return "".join(f"{chr(97 + t // 26)}{chr(97 + t % 26)}" for t in token_ids)
 
 

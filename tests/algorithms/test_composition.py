@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from agentropy.algorithms import Minibatch, recipe, recipes
 from agentropy.algorithms.recipe import merge_metrics
-from agentropy.algorithms.recipes import available_presets
+from agentropy.algorithms.recipes import available_presets, describe
 from agentropy.errors import UsageError
 
 MODES = (
@@ -199,6 +199,19 @@ def test_every_recipe_describes_itself(name):
     assert described["equations"] and described["sources"] and described["summary"]
     assert {"sampler", "credit", "clip", "regularisers", "controllers"} <= set(described["slots"])
     json.dumps(described)
+
+
+@pytest.mark.parametrize("name", [*recipes(), "grpo+epo"])
+def test_a_description_for_people_holds_every_option_slot_equation_and_source(name):
+    text, made = describe(name), recipe(name)
+    assert text.splitlines()[0].startswith(f"{name}: ")
+    flat = " ".join(text.split())
+    for method in made.methods.values():
+        assert all(f"{option}=" in flat for option in type(method).model_fields)
+        assert all(part in flat for part in (*method.equations, *method.sources, *method.presets))
+    assert all(f"\n  {slot} " in text for slot in vars(made.slots))
+    with pytest.raises(UsageError, match="did you mean 'epo'"):
+        describe("epoo")
 
 
 def test_single_precision_batches_give_single_precision_plans():

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from agentropy.agents.tree import Tree
 from agentropy.algorithms.checkpoint import latest_checkpoint
 from agentropy.algorithms.report import write_report

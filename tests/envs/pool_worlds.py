@@ -32,9 +32,7 @@ class ObedientEnv(gymnasium.Env[str, str]):
             raise KeyError(split)
         return ("a", "b", "c")
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[str, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         super().reset(seed=seed)
         self._task, self._turn = (options or {}).get("task", "none"), 0
         if self._task.startswith("!"):

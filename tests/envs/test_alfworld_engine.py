@@ -221,9 +221,7 @@ def test_a_problem_that_does_not_translate_names_the_game(game):
         _translate(broken)
 
 
-@pytest.mark.parametrize(
-    "text", ["__import__('os')", "o.__class__", "o.name * 3", "o.name.upper()", "o.", "[o]"]
-)
+@pytest.mark.parametrize("text", ["__import__('os')", "o.__class__", "o.name * 3", "o.name.upper()", "o.", "[o]"])
 def test_grammar_expressions_never_run_code(text):
     with pytest.raises(UsageError, match="expression"):
         _expression(text)

@@ -245,9 +245,7 @@ def test_missing_engine_says_what_to_install(monkeypatch):
     monkeypatch.setattr(
         env_module.importlib.util, "find_spec", lambda name: None if name == "fast_downward" else real(name)
     )
-    with pytest.raises(
-        MissingDependencyError, match=r"fast-downward-textworld.*g\+\+ cmake.*agentropy\[alfworld\]"
-    ):
+    with pytest.raises(MissingDependencyError, match=r"fast-downward-textworld.*g\+\+ cmake.*agentropy\[alfworld\]"):
         ALFWorldEnv()
 
 
@@ -267,15 +265,11 @@ def test_importing_the_environments_loads_no_engine(tmp_path):
         "import sys, agentropy.envs, gymnasium; gymnasium.spec('agentropy/ALFWorld-v0');"
         "print([name for name in ('torch', 'textworld', 'fast_downward', 'alfworld') if name in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
 
 def test_gymnasium_imports_the_environment_by_its_module_name(tmp_path):
     code = "import gymnasium as gym; print(gym.make('agentropy.envs:agentropy/ALFWorld-v0').reset(seed=0)[0])"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Your task is to:" in done.stdout

@@ -12,6 +12,7 @@ pytest.importorskip("alfworld")
 from agentropy.envs.alfworld import dataset as dataset_module
 from agentropy.envs.alfworld.dataset import DatasetIndex
 from agentropy.envs.alfworld.domain import domain_pddl, grammar
+from agentropy.envs.alfworld.env import ALFWorldEnv
 from agentropy.envs.alfworld.games import GOAL_PLACEHOLDER, SPLITS, TASK_TYPES, goal_template, open_index
 from agentropy.envs.alfworld.pack import PackIndex, write_pack
 from agentropy.errors import UsageError
@@ -105,7 +106,7 @@ def test_damaged_index_cache_is_ignored(layout, tmp_path):
 @pytest.mark.parametrize("name", ["games.jsonl.xz", "games.jsonl.gz"])
 def test_pack_gives_back_what_was_packed(layout, tmp_path, name):
     out = tmp_path / "pack" / name
-    assert write_pack(layout, out) == 3
+    assert write_pack(layout, out) == {"train": 2, "valid_seen": 1}
     dataset = DatasetIndex(layout)
     for pack in (PackIndex(out), PackIndex(out.parent)):
         assert pack.splits == dataset.splits
@@ -114,6 +115,13 @@ def test_pack_gives_back_what_was_packed(layout, tmp_path, name):
             for task in dataset.tasks(split):
                 assert pack.load(split, task) == dataset.load(split, task)
     assert sorted(item.name for item in out.parent.iterdir()) == sorted(["domain.pddl", "grammar.twl2", name])
+
+
+def test_a_folder_receives_a_pack_that_is_found_in_it(layout, tmp_path):
+    for out in (tmp_path, tmp_path / "new"):
+        write_pack(layout, out)
+        assert (out / "games.jsonl.xz").is_file()
+        assert PackIndex(out).tasks("train") == DatasetIndex(layout).tasks("train")
 
 
 def test_pack_without_domain_and_grammar_takes_the_wheels(layout, tmp_path):
@@ -125,9 +133,7 @@ def test_pack_without_domain_and_grammar_takes_the_wheels(layout, tmp_path):
 
 
 def test_games_with_different_domains_do_not_fit_one_pack(layout, tmp_path):
-    write_game(
-        layout / "json_2.1.1", "train", "pick_and_place_simple-Egg-None-Desk-301/odd", pddl_domain="other"
-    )
+    write_game(layout / "json_2.1.1", "train", "pick_and_place_simple-Egg-None-Desk-301/odd", pddl_domain="other")
     with pytest.raises(UsageError, match="another domain"):
         write_pack(layout, tmp_path / "pack" / "games.jsonl.gz")
     assert list((tmp_path / "pack").iterdir()) == []
@@ -155,6 +161,25 @@ def test_generated_games_fill_every_split():
         assert index.load(split, tasks[0]).split == split
 
 
+def test_the_environment_draws_as_many_games_as_it_is_told():
+    pytest.importorskip("fast_downward")
+    env = ALFWorldEnv("valid_seen", num_games={"valid_seen": 3}, game_seed=5)
+    assert len(env.tasks()) == 3 and len(env.tasks("valid_unseen")) == 200
+    assert env.reset(seed=0)[1]["task"] in env.tasks()
+
+
+def test_more_generated_games_can_be_drawn_and_another_seed_gives_others():
+    more = open_index("generated", num_games={"train": 2500})
+    usual, other = open_index("generated"), open_index("generated", game_seed=1)
+    assert len(more.tasks("train")) == 2500 and more.tasks("valid_seen") == usual.tasks("valid_seen")
+    assert set(usual.tasks("train")) < set(more.tasks("train"))
+    task = usual.tasks("train")[0]
+    assert more.load("train", task) == usual.load("train", task)
+    common = sorted(set(other.tasks("train")) & set(usual.tasks("train")))
+    assert len(common) < 200
+    assert all(other.load("train", task) != usual.load("train", task) for task in common[:3])
+
+
 @pytest.mark.parametrize(
     ("attempt", "message"),
     [
@@ -165,6 +190,10 @@ def test_generated_games_fill_every_split():
         (lambda path: open_index("pack", Path(__file__)), "ends in .jsonl.xz or .jsonl.gz"),
         (lambda path: open_index("dataset", path), "no ALFWorld dataset in"),
         (lambda path: open_index("generated", path), "takes no data"),
+        (lambda path: open_index("pack", path, num_games={"train": 5}), "source='pack' takes no num_games"),
+        (lambda path: open_index("dataset", path, game_seed=1), "source='dataset' takes no game_seed"),
+        (lambda path: open_index("generated", num_games={"trian": 5}), "did you mean 'train'"),
+        (lambda path: open_index("generated", game_seed=-1), "seed=-1"),
         (lambda path: open_index("generated").tasks("valid_sen"), "did you mean 'valid_seen'"),
         (lambda path: open_index("generated").load("train", "nonsense"), "unknown task 'nonsense'"),
         (lambda path: write_pack(path, path / "games.zip"), "ends in .jsonl.xz or .jsonl.gz"),

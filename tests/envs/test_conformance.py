@@ -25,9 +25,7 @@ def env_id(request) -> str:
 def test_gymnasiums_checker_has_no_complaint(env_id):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings(
-            "ignore", message=".*not within the observation space.*unwrapped", category=UserWarning
-        )
+        warnings.filterwarnings("ignore", message=".*not within the observation space.*unwrapped", category=UserWarning)
         check_env(gym.make(env_id).unwrapped)
         check_env(gym.make(env_id, render_mode="ansi").unwrapped)
 

@@ -31,12 +31,8 @@ def make_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakePool]:
     pools = []
     before = set(children(os.getpid()))
 
-    def make(
-        num_envs: int = 4, num_workers: int = 2, env: str = "pool_worlds:Obedient-v0", **options: Any
-    ) -> EnvPool:
-        pools.append(
-            EnvPool(env, options.pop("kwargs", {}), num_envs=num_envs, num_workers=num_workers, **options)
-        )
+    def make(num_envs: int = 4, num_workers: int = 2, env: str = "pool_worlds:Obedient-v0", **options: Any) -> EnvPool:
+        pools.append(EnvPool(env, options.pop("kwargs", {}), num_envs=num_envs, num_workers=num_workers, **options))
         return pools[-1]
 
     yield make
@@ -204,9 +200,7 @@ def test_an_answer_that_cannot_be_sent_is_a_failure(make_pool: MakePool) -> None
 
 
 @pytest.mark.parametrize(("action", "how"), [("exit", "exit code 3"), ("segv", "SIGSEGV")])
-def test_a_dead_worker_is_replaced_and_its_slots_are_reported(
-    make_pool: MakePool, action: str, how: str
-) -> None:
+def test_a_dead_worker_is_replaced_and_its_slots_are_reported(make_pool: MakePool, action: str, how: str) -> None:
     pool = make_pool(num_envs=6)
     pids = {result.slot: result.info["pid"] for result in begin(pool, *range(6))}
     mates = [slot for slot in range(6) if pids[slot] == pids[0]]

@@ -107,9 +107,7 @@ def test_gradcheck_with_several_chunks(monkeypatch: pytest.MonkeyPatch, generato
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
-def test_gradient_equals_float64_autograd(
-    dtype: torch.dtype, tolerance: float, generator: torch.Generator
-) -> None:
+def test_gradient_equals_float64_autograd(dtype: torch.dtype, tolerance: float, generator: torch.Generator) -> None:
     logits = (torch.randn(60, 300, generator=generator) * 4).to(dtype).requires_grad_()
     target = torch.randint(300, (60,), generator=generator)
     weights = torch.randn(2, 60, generator=generator, dtype=torch.float64)

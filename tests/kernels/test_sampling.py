@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from agentropy.errors import UsageError
-from agentropy.kernels.sampling import counter_uniforms, sample
+from agentropy.kernels.sampling import sample
 
 
 def uniforms(count: int, seed: int) -> Tensor:
@@ -101,30 +101,6 @@ def test_a_row_alone_equals_the_row_in_a_batch(top_k: int, top_p: float) -> None
         alone = sample(logits[row : row + 1], numbers[row : row + 1], 0.8, top_k, top_p)
         assert alone.token.item() == together.token[row].item()
         torch.testing.assert_close(alone.logprob_tempered[0], together.logprob_tempered[row])
-
-
-def test_counter_uniforms_depend_on_seed_and_counter_only() -> None:
-    seeds = np.random.default_rng(0).integers(2**63, size=1000, dtype=np.uint64)
-    block = np.stack([counter_uniforms(seeds, np.uint64(n)) for n in range(100)])
-    assert block.min() >= 0 and block.max() < 1
-    np.testing.assert_array_equal(counter_uniforms(seeds[17:18], np.uint64(42)), block[42, 17:18])
-    assert stats.kstest(block.ravel(), "uniform").pvalue > 1e-4
-    neighbours = counter_uniforms(np.arange(10_000, dtype=np.uint64), np.uint64(0))
-    assert stats.kstest(neighbours, "uniform").pvalue > 1e-4
-    assert abs(np.corrcoef(neighbours[:-1], neighbours[1:])[0, 1]) < 0.05
-    assert abs(np.corrcoef(block[0], block[1])[0, 1]) < 0.15
-
-
-def test_counter_uniforms_are_pinned() -> None:
-    # Recorded from this implementation: a change would silently alter every seeded rollout.
-    values = counter_uniforms(
-        np.array([0, 1, 2**64 - 1], dtype=np.uint64), np.array([0, 5, 9], dtype=np.uint64)
-    )
-    assert [float(value).hex() for value in values] == [
-        "0x1.4e0dba5e9a32fp-1",
-        "0x1.8c7e0c58b861cp-1",
-        "0x1.c298197bfd912p-1",
-    ]
 
 
 def test_shapes_are_checked() -> None:

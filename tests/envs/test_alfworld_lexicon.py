@@ -1,0 +1,94 @@
+"""A vocabulary made of the lexicon alone can write down everything that ALFWorld says and accepts."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("textworld")
+pytest.importorskip("fast_downward")
+
+from transformers import PreTrainedTokenizerFast
+
+from agentropy.agents.tokenizer import build_word_tokenizer
+from agentropy.envs.alfworld.domain import display_names
+from agentropy.envs.alfworld.env import ALFWorldEnv
+from agentropy.envs.alfworld.games import SPLITS, GameIndex, open_index
+from agentropy.envs.alfworld.lexicon import HIGHEST_NUMBER, lexicon
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_word_tokenizer(lexicon())
+
+
+def unknown(tokenizer: PreTrainedTokenizerFast, texts: set[str]) -> set[str]:
+    """Return the words of ``texts`` that the tokenizer does not know."""
+    words = {word for text in texts for word in re.findall(r"\S+", text)}
+    return {word for word in words if tokenizer.unk_token_id in tokenizer(word).input_ids}
+
+
+def named(index: GameIndex, split: str) -> Iterator[str]:
+    """Yield each game's goal, and the display names of all objects and receptacles of which it states a fact."""
+    for task in index.tasks(split):
+        game = index.load(split, task)
+        yield game.task
+        facts = game.problem[game.problem.index("(:init") :]
+        names = display_names(re.findall(r"\w+_bar_\w+", facts))
+        yield from (name for name in names.values() if not name.startswith("loc "))
+
+
+def assert_known(tokenizer: PreTrainedTokenizerFast, texts: set[str]) -> None:
+    assert not unknown(tokenizer, texts)
+    numbers = [int(number) for text in texts for number in re.findall(r"\b\d+$", text)]
+    assert 20 < max(numbers) <= HIGHEST_NUMBER
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_names_and_goals_of_generated_games_are_known(tokenizer, split):
+    assert_known(tokenizer, set(named(open_index("generated"), split)))
+
+
+@pytest.mark.parametrize("split", ["train", "valid_seen"])
+def test_names_and_goals_of_published_games_are_known(tokenizer, shared_data, split):
+    assert_known(tokenizer, set(named(open_index("pack", shared_data / "alfworld"), split)))
+
+
+def played(source: str, data: Path | None, split: str, games: int) -> Iterator[str]:
+    """Yield all that is said and offered in a few games, half of whose moves are random and half the expert's."""
+    rng = np.random.default_rng(0)
+    env = ALFWorldEnv(split, source, data, max_turns=40, expert_info=True)
+    for _ in range(games):
+        text, info = env.reset(seed=int(rng.integers(2**31)))
+        yield info["goal"]
+        over = False
+        while not over:
+            yield text
+            yield from info["admissible"]
+            action = info["expert"] if rng.random() < 0.5 else rng.choice(info["admissible"])
+            text, _, terminated, truncated, info = env.step(str(action))
+            over = terminated or truncated
+        yield text
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_everything_said_and_accepted_in_generated_games_is_known(tokenizer, split):
+    assert not unknown(tokenizer, set(played("generated", None, split, games=4)))
+
+
+def test_everything_said_and_accepted_in_published_games_is_known(tokenizer, shared_data):
+    assert not unknown(tokenizer, set(played("pack", shared_data / "alfworld", "valid_seen", games=4)))
+
+
+def test_commands_survive_the_tokenizer(tokenizer):
+    _, info = ALFWorldEnv("valid_unseen").reset(seed=0)
+    for command in info["admissible"]:
+        assert tokenizer.decode(tokenizer(command).input_ids) == command
+
+
+def test_each_text_stands_once_and_the_vocabulary_is_small(tokenizer):
+    texts = lexicon()
+    assert len(set(texts)) == len(texts) and list(texts) == sorted(texts)
+    assert len(tokenizer) < 400
