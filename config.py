@@ -33,6 +33,8 @@ class EnvConfig(Section):
     """Arguments of the world's constructor besides ``split``, such as ``source`` and ``data``."""
     train_split: str = "train"
     eval_split: str = "valid_unseen"
+    train_kwargs: dict[str, Any] = {}
+    """Arguments of the world's constructor for training rollouts, on top of ``kwargs``, such as ``max_turns``."""
     train_tasks: int | None = Field(None, ge=1)
     """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
     workers: int | None = Field(None, ge=1)
@@ -46,7 +48,7 @@ class SmallModelConfig(Section):
     hidden: int = Field(128, ge=8)
     layers: int = Field(4, ge=1)
     heads: int = Field(4, ge=1)
-    intermediate: int = Field(512, ge=8)
+    intermediate: int = Field(384, ge=8)
     max_positions: int = Field(2048, ge=64)
 
 
@@ -79,16 +81,18 @@ class AgentConfig(Section):
 
 
 class SftConfig(Section):
-    tasks: int = Field(400, ge=0)
+    tasks: int = Field(480, ge=0)
     """Training tasks that the expert plays; 0 switches the warm start off."""
-    episodes_per_task: int = Field(2, ge=1)
-    noise: float = Field(0.25, ge=0, lt=1)
+    episodes_per_task: int = Field(3, ge=1)
+    expert: dict[str, Any] = {"expert": "explorer"}
+    """Arguments of the world's constructor for expert play, on top of ``env.kwargs``."""
+    noise: float = Field(0.15, ge=0, lt=1)
     """Share of turns in which a random admissible command is played instead; those are never imitated."""
-    slips: float = Field(0.1, ge=0, lt=1)
+    slips: float = Field(0.15, ge=0, lt=1)
     """Share of turns in which a command that is not admissible is played; never imitated either."""
-    epochs: int = Field(2, ge=1)
-    batch_episodes: int = Field(32, ge=1)
-    lr: float = Field(2e-3, gt=0)
+    epochs: int = Field(3, ge=1)
+    batch_episodes: int = Field(8, ge=1)
+    lr: float = Field(2.5e-3, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the updates over which the learning rate rises."""
 
@@ -116,7 +120,7 @@ class TrainConfig(Section):
     """Passes over a step's episodes."""
     minibatches: int = Field(2, ge=1)
     """Optimiser steps in a pass."""
-    micro_batch_tokens: int = Field(16384, ge=64)
+    micro_batch_tokens: int = Field(4096, ge=64)
     """Padded tokens in one forward pass; changes memory and speed, never the result's mathematics."""
     checkpoint_every: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1)

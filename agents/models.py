@@ -61,6 +61,8 @@ def build_small_model(
         num_key_value_heads=kv_heads,
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
+        # The usual 0.02 suits widths of thousands; with it a narrow model's attention starts flat and learns late.
+        initializer_range=hidden**-0.5,
         pad_token_id=SPECIAL_TOKENS.index(PAD),
         bos_token_id=SPECIAL_TOKENS.index(BOS),
         eos_token_id=SPECIAL_TOKENS.index(END),

@@ -49,7 +49,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
     An observation is TextWorld's text without its banner; the first one ends with the task. An action is a command;
     one that is not admissible costs a turn and is answered by "Nothing happens." The reward is ``reward_scale`` on
-    the turn that reaches the goal and 0 before. Episodes are truncated after ``max_turns`` turns.
+    the turn that reaches the goal and 0 before, less ``invalid_penalty`` where a command was not admissible. Episodes are truncated after ``max_turns`` turns.
 
     ``info``: ``task`` (id), ``split``, ``goal`` (the task as a sentence), ``won``, ``score`` (0.0 or 1.0),
     ``admissible`` (sorted commands), ``turn``, ``invalid`` (the last action was not admissible), and with
@@ -69,6 +69,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         game_seed: int = 0,
         max_turns: int = 50,
         reward_scale: float = 1.0,
+        invalid_penalty: float = 0.0,
         engine: str = "textworld",
         expert: str = "oracle",
         expert_info: bool = False,
@@ -86,6 +87,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             game_seed: another number, not negative, generates other games.
             max_turns: turns before truncation, at least 1.
             reward_scale: the reward of success (1 by default; verl-agent uses 10).
+            invalid_penalty: taken from the reward of a turn whose command was not admissible (verl-agent: 0.1).
             engine: ``"textworld"``.
             expert: ``"oracle"`` reads the true facts, ``"explorer"`` acts on what the episode has shown.
             expert_info: put the expert's next action in ``info``.
@@ -114,6 +116,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.split = split
         self.max_turns = max_turns
         self.reward_scale = reward_scale
+        self.invalid_penalty = invalid_penalty
         self.render_mode = render_mode
         self.observation_space = TextSpace(max_length=1 << 14)
         self.action_space = TextSpace(max_length=256)
@@ -129,7 +132,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._node: Node
         self._commands: tuple[str, ...] = ()
         self._seen: frozenset[str] = frozenset()
-        """Receptacles whose content the episode has shown; kept for the explorer only."""
+        """What the commands so far have made known; kept for the explorer only."""
         self._turn = 0
         self._invalid = False
         self._observation = ""
@@ -194,7 +197,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             self.render()
         won = self._node.won
         truncated = not won and self._turn >= self.max_turns
-        return self._observation, self.reward_scale if won else 0.0, won, truncated, self._info()
+        reward = self.reward_scale * won - self.invalid_penalty * self._invalid
+        return self._observation, reward, won, truncated, self._info()
 
     def snapshot(self) -> ALFWorldSnapshot:
         """Return the current point of the episode."""

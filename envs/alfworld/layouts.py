@@ -4,6 +4,7 @@
 - ``room``, ``rooms``: one floor plan by number; the floor plans of a split.
 - ``Rules``, ``rules``: ALFWorld's constants: which receptacle holds which object, what can be heated, cooled, cleaned.
 - ``HELD_OUT``: the rooms that only ``valid_unseen`` uses.
+- ``OPENABLE``: the receptacle types of which some can be opened.
 
 The wheel's files give receptacles with the agent's pose in front of them. Receptacles that the published games have on
 top of these (burners, bins, hangers, some drawers) stand in the poses of their siblings, or in free cells of their own.
@@ -33,7 +34,7 @@ KINDS: Final[dict[str, range]] = {
 HELD_OUT: Final[frozenset[int]] = frozenset({9, 10, 29, 215, 219, 226, 308, 315, 325, 404, 424, 425})
 """The four unseen rooms of the published set, and eight more that its train split does not use either."""
 
-_OPENABLE: Final = frozenset({"Cabinet", "Drawer", "Fridge", "Microwave", "Safe"})
+OPENABLE: Final = frozenset({"Cabinet", "Drawer", "Fridge", "Microwave", "Safe"})
 _CELL: Final = 0.25
 """Grid step of ALFWorld's poses in metres."""
 
@@ -114,7 +115,7 @@ def room(number: int) -> Room:
     poses: dict[str, list[float]] = json.loads((folder / f"FloorPlan{number}-openable.json").read_text())
     objects = set(json.loads((folder / f"FloorPlan{number}-objects.json").read_text()))
     placed = [
-        Receptacle(mangle(name), kind, _location(*pose), kind in _OPENABLE)
+        Receptacle(mangle(name), kind, _location(*pose), kind in OPENABLE)
         for name, pose in sorted(poses.items())
         for kind in [_type(name)]
     ]

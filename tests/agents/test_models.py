@@ -28,6 +28,15 @@ def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_untouched(
         assert "norm" in name or not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("hidden", [64, 256])
+def test_weights_start_as_wide_as_the_square_root_of_the_width_allows(hidden):
+    """A projection of ``hidden`` inputs then keeps their variance."""
+    model = build_small_model(500, hidden=hidden, layers=1)
+    for name, weight in model.named_parameters():
+        if "norm" not in name:
+            assert weight.std().item() == pytest.approx(hidden**-0.5, rel=0.05), name
+
+
 def test_grouped_heads_are_built():
     model = build_small_model(50, hidden=16, heads=4, kv_heads=2, intermediate=32, layers=1)
     assert model.config.num_key_value_heads == 2
