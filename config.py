@@ -67,6 +67,8 @@ ModelConfig = Annotated[SmallModelConfig | PretrainedModelConfig, Field(discrimi
 class AgentConfig(Section):
     format: Literal["auto", "plain", "chat"] = "auto"
     """``plain`` for the small model's own markers, ``chat`` for the model's chat template."""
+    format_options: dict[str, Any] = {}
+    """Options of the format, such as ``show_admissible``."""
     context: Literal["full", "window"] = "full"
     """``full``: append-only history. ``window``: each turn is rendered anew from the last turns."""
     window: int = Field(2, ge=0)
@@ -129,7 +131,7 @@ class TrainConfig(Section):
 
 class EvalConfig(Section):
     tasks: int | None = Field(None, ge=1)
-    """Size of the fixed panel, the first ids of the sorted split; the whole split when unset."""
+    """Size of the fixed panel, evenly spaced over the sorted ids; the whole split when unset."""
     every: int = Field(0, ge=0)
     """Evaluate after every so many steps; 0 evaluates before the first and after the last step only."""
     temperature: float = Field(1.0, ge=0)

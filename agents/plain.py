@@ -28,7 +28,8 @@ class PlainFormat:
         remind: end every observation after the first with ``info["goal"]``, where the world says one: it brings the
             goal to the same place before every action, which small models learn from several times faster.
         compact: leave ``FILLER`` out of observations. Node texts keep it.
-        show_admissible: end every observation with the admissible commands, one per line.
+        show_admissible: end every observation with the admissible commands, one per line, as verl-agent does.
+        hidden: beginnings of commands that are not shown, such as ``("go to ",)``: long lists cost time.
 
     Raises:
         UsageError: the tokenizer lacks a marker.
@@ -43,6 +44,7 @@ class PlainFormat:
         remind: bool = True,
         compact: bool = True,
         show_admissible: bool = False,
+        hidden: Sequence[str] = (),
     ) -> None:
         vocabulary = tokenizer.get_vocab()
         missing = [word for word in (*SPECIAL_TOKENS, "\n") if word not in vocabulary]
@@ -56,6 +58,7 @@ class PlainFormat:
         self._words = {index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")}
         self._remind = remind
         self._show_admissible = show_admissible
+        self._hidden = tuple(hidden)
         self.stop_token_ids = (self._end,)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.encode_special_tokens = True  # a world that says "<end>" must not end a message
@@ -95,6 +98,8 @@ class PlainFormat:
         if not self._show_admissible:
             return
         for command in admissible(info):
+            if command.startswith(self._hidden):
+                continue
             yield self._newline
             yield from self._encode_command(command)
 

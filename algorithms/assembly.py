@@ -115,14 +115,16 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
         )
     else:
         model, tokenizer = load_model(config.model.path, dtype=config.model.dtype)
-    return Agent(place(model, device), tokenizer, make_format(config.agent.format, tokenizer))
+    return Agent(
+        place(model, device), tokenizer, make_format(config.agent.format, tokenizer, **config.agent.format_options)
+    )
 
 
 def load_agent(config: RunConfig, checkpoint: Path | str, device: torch.device) -> Agent:
     """The model of a checkpoint folder, or of the hub."""
     dtype = "float32" if isinstance(config.model, SmallModelConfig) else config.model.dtype
     model, tokenizer = load_model(checkpoint, dtype=dtype, device=device)
-    return Agent(model, tokenizer, make_format(config.agent.format, tokenizer))
+    return Agent(model, tokenizer, make_format(config.agent.format, tokenizer, **config.agent.format_options))
 
 
 def make_engine(agent: Agent) -> TorchEngine:

@@ -22,7 +22,16 @@ from ..agents.policies import Policy
 from ..agents.rollout import Progress, RolloutTask, rollout
 from ..agents.tree import Trajectory, Tree
 from ..config import RunConfig
-from .assembly import engine_policy, load_agent, make_engine, make_pool, open_world, prepare_device, seed_from
+from .assembly import (
+    engine_policy,
+    load_agent,
+    make_engine,
+    make_pool,
+    open_world,
+    prepare_device,
+    seed_from,
+    select_tasks,
+)
 from .runs import write_atomically
 from .stats import Proportion, panel_hash
 
@@ -65,11 +74,11 @@ class Evaluation:
 
 
 def panel_of(config: RunConfig, split: str) -> tuple[str, ...]:
-    """The first ``config.eval.tasks`` ids of the sorted split, or all of them."""
+    """``config.eval.tasks`` ids, evenly spaced over the sorted split, so of all families; or all of them."""
     world = open_world(config.env, split)
     tasks = tuple(sorted(world.tasks(split)))  # type: ignore[attr-defined]
     world.close()
-    return tasks[: config.eval.tasks]
+    return select_tasks(tasks, config.eval.tasks)
 
 
 def evaluate(

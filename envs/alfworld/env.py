@@ -49,7 +49,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
     An observation is TextWorld's text without its banner; the first one ends with the task. An action is a command;
     one that is not admissible costs a turn and is answered by "Nothing happens." The reward is ``reward_scale`` on
-    the turn that reaches the goal and 0 before, less ``invalid_penalty`` where a command was not admissible. Episodes are truncated after ``max_turns`` turns.
+    the turn that reaches the goal and 0 before, less ``invalid_penalty`` where a command was not admissible. Episodes
+    are truncated after ``max_turns`` turns.
 
     ``info``: ``task`` (id), ``split``, ``goal`` (the task as a sentence), ``won``, ``score`` (0.0 or 1.0),
     ``admissible`` (sorted commands), ``turn``, ``invalid`` (the last action was not admissible), and with

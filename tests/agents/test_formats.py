@@ -116,6 +116,11 @@ def test_without_reminder_the_goal_stands_in_the_prompt_alone(words):
     assert said(words, plain.observation("open", INFO)) == "<obs> open <act>"
 
 
+def test_commands_that_begin_as_hidden_are_not_listed(words):
+    plain = PlainFormat(words, show_admissible=True, hidden=("go to ",))
+    assert said(words, plain.observation("open", {**INFO, "goal": ""})) == "<obs> open | look <act>"
+
+
 def test_admissible_commands_are_listed_where_asked(words):
     plain = PlainFormat(words, show_admissible=True)
     assert said(words, plain.prompt("open", INFO)) == "<bos> <obs> open | go to fridge 1 | look <act>"

@@ -273,3 +273,12 @@ def test_gymnasium_imports_the_environment_by_its_module_name(tmp_path):
     code = "import gymnasium as gym; print(gym.make('agentropy.envs:agentropy/ALFWorld-v0').reset(seed=0)[0])"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Your task is to:" in done.stdout
+
+
+def test_an_inadmissible_command_costs_its_penalty_and_nothing_else():
+    env = ALFWorldEnv(split="valid_seen", invalid_penalty=0.1)
+    env.reset(seed=0)
+    assert env.step("dance")[1] == pytest.approx(-0.1)
+    assert env.step("look")[1] == 0.0
+    *_, last = ((*env.step(action)[1:3],) for action in env.expert())
+    assert last == (1.0, True)
