@@ -19,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import UsageError, nearest
 
+ALFWORLD = "agentropy/ALFWorld-v0"
+
 
 class Section(BaseModel):
     """A part of the configuration; keys that it does not know are errors."""
@@ -27,14 +29,15 @@ class Section(BaseModel):
 
 
 class EnvConfig(Section):
-    id: str = "agentropy/ALFWorld-v0"
+    id: str = ALFWORLD
     """Gymnasium id of the world."""
     kwargs: dict[str, Any] = {}
     """Arguments of the world's constructor besides ``split``, such as ``source`` and ``data``."""
     train_split: str = "train"
     eval_split: str = "valid_unseen"
-    train_kwargs: dict[str, Any] = {}
-    """Arguments of the world's constructor for training rollouts, on top of ``kwargs``, such as ``max_turns``."""
+    train_kwargs: dict[str, Any] | None = None
+    """Arguments of the world's constructor for training rollouts, on top of ``kwargs``. Unset, ALFWorld's episodes
+    are cut after 30 turns and an invalid command costs 0.02; other worlds get none."""
     train_tasks: int | None = Field(None, ge=1)
     """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
     workers: int | None = Field(None, ge=1)
@@ -86,15 +89,16 @@ class SftConfig(Section):
     tasks: int = Field(480, ge=0)
     """Training tasks that the expert plays; 0 switches the warm start off."""
     episodes_per_task: int = Field(3, ge=1)
-    expert: dict[str, Any] = {"expert": "explorer"}
-    """Arguments of the world's constructor for expert play, on top of ``env.kwargs``."""
+    expert: dict[str, Any] | None = None
+    """Arguments of the world's constructor for expert play, on top of ``env.kwargs``. Unset, ALFWorld's expert is the
+    explorer; other worlds get none."""
     noise: float = Field(0.15, ge=0, lt=1)
     """Share of turns in which a random admissible command is played instead; those are never imitated."""
     slips: float = Field(0.15, ge=0, lt=1)
     """Share of turns in which a command that is not admissible is played; never imitated either."""
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(2, ge=1)
     batch_episodes: int = Field(8, ge=1)
-    lr: float = Field(2.5e-3, gt=0)
+    lr: float = Field(3e-3, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     """Share of the updates over which the learning rate rises."""
 
@@ -104,18 +108,20 @@ class AlgorithmConfig(Section):
     """A recipe; ``agentropy recipes`` lists them."""
     preset: str | None = None
     """A named set of the recipe's defaults, such as ``paper``."""
-    overrides: dict[str, Any] = {}
-    """Values of the recipe's own options."""
+    overrides: dict[str, Any] = {"aggregation": "seq-mean-token-mean"}
+    """Values of the recipe's own options. By default every episode counts the same: with ``token-mean`` the long
+    failures outweigh the short successes."""
 
 
 class TrainConfig(Section):
-    steps: int = Field(30, ge=0)
+    steps: int = Field(24, ge=0)
     tasks_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=1)
     """Episodes of each task in a step; advantages compare the members of a group."""
-    lr: float = Field(3e-4, gt=0)
+    lr: float = Field(4e-4, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(4, ge=0)
+    """Optimiser steps over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     epochs: int = Field(1, ge=1)
@@ -165,6 +171,16 @@ class RunConfig(Section):
         if isinstance(data, dict) and isinstance(model := data.get("model"), dict) and "type" not in model:
             data = data | {"model": {"type": "pretrained" if "path" in model else "small", **model}}
         return data
+
+    @model_validator(mode="after")
+    def _defaults_of_the_world(self) -> RunConfig:
+        """What suits ALFWorld is no argument of other worlds."""
+        alfworld = self.env.id == ALFWORLD
+        if self.env.train_kwargs is None:
+            self.env.train_kwargs = {"max_turns": 30, "invalid_penalty": 0.02} if alfworld else {}
+        if self.sft.expert is None:
+            self.sft.expert = {"expert": "explorer"} if alfworld else {}
+        return self
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:

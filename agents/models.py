@@ -1,6 +1,6 @@
 """Language models: small ones from random weights, and any causal model of ``transformers``.
 
-- ``build_small_model``: a Llama of one to five million parameters.
+- ``build_small_model``: a Llama of one to five million parameters. ``compose_names``: a start for its embeddings.
 - ``load_model``: a model and its tokenizer from a folder or a hub name.
 - ``place``: a model on a device.
 """
@@ -70,8 +70,48 @@ def build_small_model(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = LlamaForCausalLM(config)
+        if kv_heads == heads:
+            _start_by_copying(model)
     model.set_attn_implementation("sdpa")
     return model.eval()
+
+
+def compose_names(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *, seed: int = 0) -> None:
+    """Let the embedding of a numbered name begin as its noun's plus its number's, in place.
+
+    ``mug 2`` is one word of ``build_word_tokenizer``; so it is near ``mug`` and ``mug 1`` before anything is learned,
+    and what is learned of one number holds for the others.
+    """
+    vocabulary = tokenizer.get_vocab()
+    weight = model.get_input_embeddings().weight
+    generator = torch.Generator().manual_seed(seed)
+    numbers: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for word, index in sorted(vocabulary.items(), key=lambda item: item[1]):
+            noun, space, number = word.rpartition(" ")
+            if space and noun in vocabulary:
+                if number not in numbers:
+                    numbers[number] = torch.randn(weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
+                weight[index] = (weight[vocabulary[noun]] + numbers[number]) * 0.5**0.5
+
+
+def _start_by_copying(model: LlamaForCausalLM) -> None:
+    """Initialise attention such that like attends to like, and what is attended to is written out again.
+
+    After mimetic initialisation (Trockman and Kolter 2023, arXiv 2305.09828), with the signs that suit language:
+    query-key products near a multiple of the identity, and value-output products a multiple of it. Copying words of
+    the context is most of what an agent's commands need; from ordinary weights it takes several times the updates.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            size = attention.q_proj.weight.shape[0]
+            value, _ = torch.linalg.qr(torch.randn(size, size))
+            attention.v_proj.weight.copy_(3.0 * value)
+            attention.o_proj.weight.copy_(3.0 * value.T)
+            shared, _ = torch.linalg.qr(torch.randn(size, size))
+            for projection in (attention.q_proj, attention.k_proj):
+                projection.weight.mul_(0.3).add_(0.7 * shared)
 
 
 def load_model(

@@ -23,7 +23,7 @@ from ..agents.engines.base import Engine, SamplingParams
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.formats import make_format
 from ..agents.messages import Format
-from ..agents.models import build_small_model, load_model, place
+from ..agents.models import build_small_model, compose_names, load_model, place
 from ..agents.policies import EnginePolicy
 from ..agents.tokenizer import build_word_tokenizer
 from ..config import EnvConfig, RunConfig, SmallModelConfig
@@ -113,6 +113,7 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
             max_positions=config.model.max_positions,
             seed=config.seed,
         )
+        compose_names(model, tokenizer, seed=config.seed)
     else:
         model, tokenizer = load_model(config.model.path, dtype=config.model.dtype)
     return Agent(

@@ -116,7 +116,7 @@ class Trainer:
             self._show_history()
         if self.step < steps:
             slots = config.train.tasks_per_step * config.train.group_size
-            with make_pool(config.env, config.env.train_split, slots, **config.env.train_kwargs) as pool:
+            with make_pool(config.env, config.env.train_split, slots, **(config.env.train_kwargs or {})) as pool:
                 durations: list[float] = []
                 while self.step < steps:
                     started = time.perf_counter()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from agentropy.agents.models import build_small_model, load_model
+from agentropy.agents.models import build_small_model, compose_names, load_model
 from agentropy.agents.tokenizer import build_word_tokenizer
 from agentropy.errors import UsageError
 
@@ -84,3 +84,23 @@ def test_broken_weights_are_named(tmp_path):
 def test_an_unknown_dtype_names_the_nearest(tmp_path):
     with pytest.raises(UsageError, match="did you mean 'bfloat16'"):
         load_model("org/model", dtype="bfloat15")
+
+
+def test_numbered_names_begin_near_their_noun_and_each_other():
+    tokenizer = build_word_tokenizer(["mug", "mug 1", "mug 2", "desk", "desk 1"])
+    model = build_small_model(len(tokenizer), seed=0)
+    compose_names(model, tokenizer)
+    weight, ids = model.get_input_embeddings().weight.detach(), tokenizer.get_vocab()
+
+    def alike(a: str, b: str) -> float:
+        return torch.cosine_similarity(weight[ids[a]], weight[ids[b]], dim=0).item()
+
+    assert min(alike("mug 1", "mug"), alike("mug 1", "mug 2"), alike("mug 1", "desk 1")) > 0.3
+    assert abs(alike("mug 1", "desk")) < 0.3 and abs(alike("mug", "desk")) < 0.3
+
+
+def test_attention_starts_by_writing_out_what_it_attends_to():
+    for layer in build_small_model(50, hidden=64, heads=4, seed=1).model.layers:
+        attention = layer.self_attn
+        copied = attention.o_proj.weight @ attention.v_proj.weight
+        torch.testing.assert_close(copied, 9 * torch.eye(64), rtol=0, atol=1e-4)
