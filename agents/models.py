@@ -83,7 +83,9 @@ def compose_names(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *
     and what is learned of one number holds for the others.
     """
     vocabulary = tokenizer.get_vocab()
-    weight = model.get_input_embeddings().weight
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, torch.nn.Embedding)
+    weight, width = embedding.weight, embedding.embedding_dim
     generator = torch.Generator().manual_seed(seed)
     numbers: dict[str, torch.Tensor] = {}
     with torch.no_grad():
@@ -91,7 +93,7 @@ def compose_names(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, *
             noun, space, number = word.rpartition(" ")
             if space and noun in vocabulary:
                 if number not in numbers:
-                    numbers[number] = torch.randn(weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
+                    numbers[number] = torch.randn(width, generator=generator) * width**-0.5
                 weight[index] = (weight[vocabulary[noun]] + numbers[number]) * 0.5**0.5
 
 

@@ -30,10 +30,10 @@ def test_weights_depend_on_the_seed_alone_and_the_global_generator_is_untouched(
 
 @pytest.mark.parametrize("hidden", [64, 256])
 def test_weights_start_as_wide_as_the_square_root_of_the_width_allows(hidden):
-    """A projection of ``hidden`` inputs then keeps their variance."""
+    """A projection of ``hidden`` inputs then keeps their variance; attention starts otherwise, see below."""
     model = build_small_model(500, hidden=hidden, layers=1)
     for name, weight in model.named_parameters():
-        if "norm" not in name:
+        if "norm" not in name and "self_attn" not in name:
             assert weight.std().item() == pytest.approx(hidden**-0.5, rel=0.05), name
 
 
