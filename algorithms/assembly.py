@@ -1,7 +1,7 @@
 """The parts of a run, built from its configuration.
 
 - ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
-- ``make_engine``, ``engine_policy``, ``make_pool``, ``open_world``, ``prepare_device``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``open_world``, ``tasks_of``, ``prepare_device``.
 - ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
 """
 
@@ -71,6 +71,14 @@ def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
         raise UsageError(f"env.id: {error}") from error
     except TypeError as error:
         raise UsageError(f"env.kwargs: {error}") from error
+
+
+def tasks_of(config: EnvConfig, split: str) -> tuple[str, ...]:
+    """The sorted task ids of ``split``."""
+    world = open_world(config, split)
+    tasks = tuple(sorted(world.tasks(split)))  # type: ignore[attr-defined]
+    world.close()
+    return tasks
 
 
 def make_pool(config: EnvConfig, split: str, num_envs: int, **kwargs: Any) -> EnvPool:

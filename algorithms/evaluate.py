@@ -27,10 +27,10 @@ from .assembly import (
     load_agent,
     make_engine,
     make_pool,
-    open_world,
     prepare_device,
     seed_from,
     select_tasks,
+    tasks_of,
 )
 from .runs import write_atomically
 from .stats import Proportion, panel_hash
@@ -52,7 +52,6 @@ class Evaluation:
     score: float
     entropy: float
     failed: int
-    trees: tuple[Tree, ...]
 
     def metrics(self) -> dict[str, Any]:
         """The row for ``metrics.jsonl``."""
@@ -75,10 +74,7 @@ class Evaluation:
 
 def panel_of(config: RunConfig, split: str) -> tuple[str, ...]:
     """``config.eval.tasks`` ids, evenly spaced over the sorted split, so of all families; or all of them."""
-    world = open_world(config.env, split)
-    tasks = tuple(sorted(world.tasks(split)))  # type: ignore[attr-defined]
-    world.close()
-    return select_tasks(tasks, config.eval.tasks)
+    return select_tasks(tasks_of(config.env, split), config.eval.tasks)
 
 
 def evaluate(
@@ -151,7 +147,6 @@ def summarise(trees: Sequence[Tree], split: str, panel: str = "") -> Evaluation:
         score=float(np.mean([episode.score for episode in episodes])),
         entropy=float(np.concatenate(entropies).mean(dtype=np.float64)) if entropies else 0.0,
         failed=sum(episode.failed for episode in episodes),
-        trees=tuple(trees),
     )
 
 

@@ -9,7 +9,6 @@ the step's number, and a run that was killed and resumed repeats what an undistu
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +24,10 @@ from .assembly import (
     make_engine,
     make_pool,
     new_agent,
-    open_world,
     prepare_device,
     seed_from,
     select_tasks,
+    tasks_of,
 )
 from .batch import Minibatch
 from .checkpoint import latest_checkpoint, load_state, save_checkpoint
@@ -67,7 +66,7 @@ class Trainer:
         self.run, self.display, self.config = run, display, run.config
         config = self.config
         self.device = prepare_device(config)
-        self.tasks = self._training_tasks()
+        self.tasks = select_tasks(tasks_of(config.env, config.env.train_split), config.env.train_tasks)
         self.panel = panel_of(config, config.env.eval_split)
         overrides = {"total_steps": max(1, config.train.steps)} | config.algorithm.overrides
         self.recipe = recipe(config.algorithm.name, preset=config.algorithm.preset, **overrides)
@@ -232,7 +231,6 @@ class Trainer:
             display.status("warm start", f"update {warm.done}/{warm.total}, loss {metrics['loss']:.3f}")
             if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
                 self._checkpoint(warm)
-        self.engine.load_weights(None, version=0)
 
     def _evaluate(self) -> Evaluation:
         config, display = self.config, self.display
@@ -265,12 +263,6 @@ class Trainer:
             seed = seed_from(config.seed, 5, self.step, index)
             chosen.append(RolloutTask(self.tasks[order[position]], config.train.group_size, seed))
         return chosen
-
-    def _training_tasks(self) -> tuple[str, ...]:
-        world = open_world(self.config.env, self.config.env.train_split)
-        tasks: Sequence[str] = world.tasks(self.config.env.train_split)  # type: ignore[attr-defined]
-        world.close()
-        return select_tasks(sorted(tasks), self.config.env.train_tasks)
 
     def _make_learner(self) -> Learner:
         options = self.config.train
