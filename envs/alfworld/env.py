@@ -10,21 +10,18 @@ import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gymnasium
 from gymnasium.error import ResetNeeded
 
 from ...errors import MissingDependencyError, UsageError, nearest
 from ..text import TextSpace
-from .games import SPLITS, TASK_TYPES, Game, check_split, open_index, task_type, unknown_task
-
-if TYPE_CHECKING:
-    from .engine import GroundedGame, Node
+from .games import SPLITS, TASK_TYPES, Game, Playable, check_split, open_index, task_type, unknown_task
 
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 NOTHING = "Nothing happens."
-ENGINES = ("textworld",)
+ENGINES = ("native", "textworld")
 EXPERTS = ("oracle", "explorer")
 Info = dict[str, Any]
 
@@ -45,7 +42,7 @@ class ALFWorldSnapshot:
 
 
 class ALFWorldEnv(gymnasium.Env[str, str]):
-    """Household tasks in text (Shridhar et al. 2021), run by TextWorld on ALFWorld's domain and grammar.
+    """Household tasks in text (Shridhar et al. 2021), under ALFWorld's domain and TextWorld's grammar of it.
 
     An observation is TextWorld's text without its banner; the first one ends with the task. An action is a command;
     one that is not admissible costs a turn and is answered by "Nothing happens." The reward is ``reward_scale`` on
@@ -71,7 +68,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         max_turns: int = 50,
         reward_scale: float = 1.0,
         invalid_penalty: float = 0.0,
-        engine: str = "textworld",
+        engine: str = "native",
         expert: str = "oracle",
         expert_info: bool = False,
         render_mode: str | None = None,
@@ -89,7 +86,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             max_turns: turns before truncation, at least 1.
             reward_scale: the reward of success (1 by default; verl-agent uses 10).
             invalid_penalty: taken from the reward of a turn whose command was not admissible (verl-agent: 0.1).
-            engine: ``"textworld"``.
+            engine: ``"native"``, the rules of ALFWorld's domain and grammar in Python, or ``"textworld"``, which runs
+                the two as they are. They play the same, byte for byte; a game under another domain or grammar is
+                played by the latter in either case, with a warning.
             expert: ``"oracle"`` reads the true facts, ``"explorer"`` acts on what the episode has shown.
             expert_info: put the expert's next action in ``info``.
             render_mode: ``"ansi"``, ``"human"`` (prints) or None.
@@ -113,7 +112,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             raise UsageError(
                 f"unknown render mode {render_mode!r}{nearest(render_mode, self.metadata['render_modes'])}"
             )
-        require_engine()
+        if engine == "textworld":
+            require_engine()
+        self._engine = engine
         self.split = split
         self.max_turns = max_turns
         self.reward_scale = reward_scale
@@ -129,8 +130,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         if not self.tasks():
             raise UsageError(f"split {split!r} has no task of type {', '.join(sorted(self._types))}")
         self._game: Game | None = None
-        self._grounded: GroundedGame
-        self._node: Node
+        self._playable: Playable[Any]
+        self._point: Any
+        """Where in ``_playable`` the episode is."""
         self._commands: tuple[str, ...] = ()
         self._seen: frozenset[str] = frozenset()
         """What the commands so far have made known; kept for the explorer only."""
@@ -185,18 +187,18 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._started()
         if self._over:
             raise ResetNeeded("the episode is over; call reset()")
-        move = self._grounded.step(self._node, command := action.strip())
+        move = self._playable.step(self._point, command := action.strip())
         self._turn += 1
         self._invalid = move is None
         if move is None:
             self._observation = NOTHING
         else:
-            self._node, self._observation = move
+            self._point, self._observation = move
             self._remember(command)
         if self.render_mode == "human":
             print(f"> {command}")
             self.render()
-        won = self._node.won
+        won = self._point.won
         truncated = not won and self._turn >= self.max_turns
         reward = self.reward_scale * won - self.invalid_penalty * self._invalid
         return self._observation, reward, won, truncated, self._info()
@@ -228,10 +230,10 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
                 f"the snapshot is of another game called {snapshot.task!r}; open the source that it came from"
             )
         for command in snapshot.commands:
-            move = self._grounded.step(self._node, command)
+            move = self._playable.step(self._point, command)
             if move is None:
                 raise UsageError(f"the snapshot does not replay: {command!r} is not admissible")
-            self._node = move[0]
+            self._point = move[0]
             self._remember(command)
         self._turn = snapshot.turn
         self._observation, self._invalid = snapshot.observation, snapshot.invalid
@@ -255,15 +257,27 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         return self._observation if self.render_mode == "ansi" else None
 
     def _start(self, split: str, task: str) -> None:
-        from .engine import ground
-
         if self._game is None or (self._game.split, self._game.id) != (split, task):
             game = self._index.load(split, task)
-            self._grounded = ground(game)
+            self._playable = self._load(game)
             self._game = game
-        self._node = self._grounded.root
+        self._point = self._playable.root
         self._commands, self._turn, self._invalid, self._seen = (), 0, False, frozenset()
-        self._observation = self._grounded.intro.removeprefix(BANNER)
+        self._observation = self._playable.intro.removeprefix(BANNER)
+
+    def _load(self, game: Game) -> Playable[Any]:
+        """Return ``game`` on the engine that plays it."""
+        if self._engine == "native":
+            from .native import native, unsupported
+
+            why = unsupported(game)
+            if why is None:
+                return native(game)
+            gymnasium.logger.warn(f"ALFWorld game {game.id!r} is played by TextWorld's engine: its {why}")
+            require_engine()
+        from .engine import ground
+
+        return ground(game)
 
     def _remember(self, command: str) -> None:
         """Note that ``command`` has led to the current state."""
@@ -271,7 +285,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         if self._expert_kind == "explorer":
             from .explorer import reveals
 
-            shown = reveals(command, self._grounded.facts(self._node), self._grounded.names)
+            shown = reveals(command, self._playable.facts(self._point), self._playable.names)
             if shown is not None:
                 self._seen |= {shown}
 
@@ -291,7 +305,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
     @property
     def _over(self) -> bool:
-        return self._node.won or self._turn >= self.max_turns
+        return self._point.won or self._turn >= self.max_turns
 
     def _info(self) -> Info:
         game = self._started()
@@ -299,9 +313,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             "task": game.id,
             "split": game.split,
             "goal": game.task,
-            "won": self._node.won,
-            "score": float(self._node.won),
-            "admissible": list(self._grounded.admissible(self._node)),
+            "won": self._point.won,
+            "score": float(self._point.won),
+            "admissible": list(self._playable.admissible(self._point)),
             "turn": self._turn,
             "invalid": self._invalid,
         }
@@ -312,18 +326,18 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
     def _expert_action(self) -> str | None:
         if self._over:
             return None
-        game, grounded = self._started(), self._grounded
-        admissible = grounded.admissible(self._node)
+        game, playable = self._started(), self._playable
+        admissible = playable.admissible(self._point)
         if self._expert_kind == "explorer":
             from .explorer import explorer_action
 
-            return explorer_action(game, grounded.facts(self._node), self._seen, admissible, grounded.names)
+            return explorer_action(game, playable.facts(self._point), self._seen, admissible, playable.names)
         plan, done = game.walkthrough, len(self._commands)
         if done < len(plan) and plan[:done] == self._commands and plan[done] in admissible:
             return plan[done]
         from .expert import oracle_action
 
-        return oracle_action(game, grounded.facts(self._node), admissible, grounded.names)
+        return oracle_action(game, playable.facts(self._point), admissible, playable.names)
 
 
 def require_engine() -> None:

@@ -90,7 +90,7 @@ def _explore(kind: str, world: World, seen: Collection[str]) -> Iterator[str]:
         place = world.receptacle_type.get(receptacle, "")
         turns, name, number = world.effort(receptacle)
         chance = weights.get(place, 0) + _UNHEARD * ((place, kind) in world.can_contain)
-        return -chance / of_type[place] / max(turns, 1), turns, name, number
+        return -chance / of_type[place] / max(turns, 1), turns, name, -number  # as the room's description lists them
 
     unseen = [name for name in world.location if name not in seen]
     if unseen:

@@ -2,6 +2,7 @@
 
 - ``Game``: one game's problem, domain, grammar, task sentence and walkthrough.
 - ``GameIndex``: the protocol of a source of games: sorted ids per split, and loading one by id.
+- ``Playable``: the protocol of a game on one of the two engines.
 - ``open_index``: the index for ``source="generated" | "dataset" | "pack"``.
 - ``TASK_TYPES``, ``SPLITS``: the six task types and the three splits.
 - ``goal_template``: a grammar without its task sentence.
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from ...errors import UsageError, nearest
 
@@ -32,6 +33,7 @@ TASK_TYPES = (
     "pick_heat_then_place_in_recep",
     "pick_two_obj_and_place",
 )
+Point = TypeVar("Point")
 GOAL_PLACEHOLDER = "UNKNOWN GOAL"
 """Stands for the task sentence in the grammar that all games share."""
 
@@ -81,6 +83,29 @@ class GameIndex(Protocol):
 
     def load(self, split: str, task_id: str) -> Game:
         """Return one game; ``UsageError`` for an unknown id."""
+        ...
+
+
+class Playable(Protocol[Point]):
+    """A game ready to play; both engines offer it. Points are never changed, so episodes may share them."""
+
+    root: Point
+    """The point where every episode starts; a point has ``won``."""
+    intro: str
+    """The first text."""
+    names: Mapping[str, str]
+    """Display name of every object that occurs in a fact, by its PDDL name."""
+
+    def admissible(self, point: Point, /) -> tuple[str, ...]:
+        """Return the commands that do something at ``point``, sorted."""
+        ...
+
+    def step(self, point: Point, command: str, /) -> tuple[Point, str] | None:
+        """Return the point after ``command`` and the text that tells of it, or None where it is not admissible."""
+        ...
+
+    def facts(self, point: Point, /) -> frozenset[tuple[str, ...]]:
+        """Return the atoms that hold at ``point``, as predicate and arguments in PDDL names."""
         ...
 
 

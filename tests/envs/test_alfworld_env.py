@@ -246,7 +246,7 @@ def test_missing_engine_says_what_to_install(monkeypatch):
         env_module.importlib.util, "find_spec", lambda name: None if name == "fast_downward" else real(name)
     )
     with pytest.raises(MissingDependencyError, match=r"fast-downward-textworld.*g\+\+ cmake.*agentropy\[alfworld\]"):
-        ALFWorldEnv()
+        ALFWorldEnv(engine="textworld")
 
 
 def test_rendering(capsys):
