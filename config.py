@@ -37,7 +37,8 @@ class EnvConfig(Section):
     eval_split: str = "valid_unseen"
     train_kwargs: dict[str, Any] | None = None
     """Arguments of the world's constructor for training rollouts, on top of ``kwargs``. Unset, ALFWorld's episodes
-    are cut after 30 turns and an invalid command costs 0.02; other worlds get none."""
+    are cut after 30 turns, an invalid command costs 0.1, and what brings the goal nearer is paid: 2 in all, and 0.2
+    for reaching it. Other worlds get none. Held-out episodes are judged by success alone."""
     train_tasks: int | None = Field(None, ge=1)
     """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
     workers: int | None = Field(None, ge=1)
@@ -86,9 +87,9 @@ class AgentConfig(Section):
 
 
 class SftConfig(Section):
-    tasks: int = Field(480, ge=0)
+    tasks: int = Field(1600, ge=0)
     """Training tasks that the expert plays; 0 switches the warm start off."""
-    episodes_per_task: int = Field(3, ge=1)
+    episodes_per_task: int = Field(1, ge=1)
     expert: dict[str, Any] | None = None
     """Arguments of the world's constructor for expert play, on top of ``env.kwargs``. Unset, ALFWorld's expert is the
     explorer; other worlds get none."""
@@ -108,25 +109,26 @@ class AlgorithmConfig(Section):
     """A recipe; ``agentropy recipes`` lists them."""
     preset: str | None = None
     """A named set of the recipe's defaults, such as ``paper``."""
-    overrides: dict[str, Any] = {"aggregation": "seq-mean-token-mean"}
-    """Values of the recipe's own options. By default every episode counts the same: with ``token-mean`` the long
-    failures outweigh the short successes."""
+    overrides: dict[str, Any] = {"aggregation": "turn-mean", "turn_credit": 10.0, "turn_gamma": 0.3}
+    """Values of the recipe's own options. By default every episode counts the same, and every turn of one (with
+    ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held against that turn.
+    """
 
 
 class TrainConfig(Section):
-    steps: int = Field(24, ge=0)
+    steps: int = Field(34, ge=0)
     tasks_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=1)
     """Episodes of each task in a step; advantages compare the members of a group."""
-    lr: float = Field(4e-4, gt=0)
+    lr: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    warmup_steps: int = Field(4, ge=0)
+    warmup_steps: int = Field(8, ge=0)
     """Optimiser steps over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
     clip_norm: float = Field(1.0, gt=0)
     epochs: int = Field(1, ge=1)
     """Passes over a step's episodes."""
-    minibatches: int = Field(2, ge=1)
+    minibatches: int = Field(4, ge=1)
     """Optimiser steps in a pass."""
     micro_batch_tokens: int = Field(4096, ge=64)
     """Padded tokens in one forward pass; changes memory and speed, never the result's mathematics."""
@@ -177,7 +179,8 @@ class RunConfig(Section):
         """What suits ALFWorld is no argument of other worlds."""
         alfworld = self.env.id == ALFWORLD
         if self.env.train_kwargs is None:
-            self.env.train_kwargs = {"max_turns": 30, "invalid_penalty": 0.02} if alfworld else {}
+            dense = {"max_turns": 30, "invalid_penalty": 0.1, "progress_reward": 2.0, "reward_scale": 0.2}
+            self.env.train_kwargs = dense if alfworld else {}
         if self.sft.expert is None:
             self.sft.expert = {"expert": "explorer"} if alfworld else {}
         return self

@@ -1,14 +1,14 @@
 """The parts of a run, built from its configuration.
 
 - ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
-- ``make_engine``, ``engine_policy``, ``make_pool``, ``open_world``, ``tasks_of``, ``prepare_device``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``tasks_of``, ``prepare_device``.
 - ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from ..agents.engines.torch_engine import TorchEngine
 from ..agents.formats import make_format
 from ..agents.messages import Format
 from ..agents.models import build_small_model, compose_names, load_model, place
-from ..agents.policies import EnginePolicy
+from ..agents.policies import EnginePolicy, Policy
+from ..agents.rollout import Progress, RolloutTask, rollout
 from ..agents.tokenizer import build_word_tokenizer
+from ..agents.tree import Tree
 from ..config import EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
 from ..errors import UsageError, nearest
@@ -146,6 +148,29 @@ def engine_policy(agent: Agent, engine: Engine, config: RunConfig, temperature: 
     options = config.agent
     params = SamplingParams(temperature=temperature, top_k=options.top_k, top_p=options.top_p)
     return EnginePolicy(engine, agent.format, params, max_action_tokens=options.max_action_tokens)
+
+
+def play_tasks(
+    config: RunConfig,
+    policy: Policy,
+    pool: EnvPool,
+    format: Format,
+    tasks: Sequence[RolloutTask],
+    split: str,
+    progress: Callable[[Progress], None] | None = None,
+) -> list[Tree]:
+    """``rollout`` with the contexts that the configuration asks for."""
+    return rollout(
+        policy,
+        pool,
+        format,
+        tasks,
+        context=config.agent.context,
+        window=config.agent.window,
+        max_context_tokens=config.agent.max_context_tokens,
+        split=split,
+        progress=progress,
+    )
 
 
 def seed_from(*words: int) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..agents.messages import Format
 from ..agents.policies import Policy
-from ..agents.rollout import Progress, RolloutTask, rollout
+from ..agents.rollout import Progress, RolloutTask
 from ..agents.tree import Trajectory, Tree
 from ..config import RunConfig
 from .assembly import (
@@ -27,6 +27,7 @@ from .assembly import (
     load_agent,
     make_engine,
     make_pool,
+    play_tasks,
     prepare_device,
     seed_from,
     select_tasks,
@@ -89,17 +90,7 @@ def evaluate(
     """Play every task once; seeds depend on ``config.eval.seed`` and the task's id only."""
     panel = [RolloutTask(task, 1, seed_from(config.eval.seed, zlib.crc32(task.encode()))) for task in tasks]
     with make_pool(config.env, split, min(config.eval.batch, len(tasks))) as pool:
-        trees = rollout(
-            policy,
-            pool,
-            format,
-            panel,
-            context=config.agent.context,
-            window=config.agent.window,
-            max_context_tokens=config.agent.max_context_tokens,
-            split=split,
-            progress=progress,
-        )
+        trees = play_tasks(config, policy, pool, format, panel, split, progress)
     return summarise(trees, split, panel_hash(tasks))
 
 

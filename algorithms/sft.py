@@ -12,18 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..agents.messages import Format
 from ..agents.policies import ExpertPolicy
-from ..agents.rollout import Progress, RolloutTask, rollout
+from ..agents.rollout import Progress, RolloutTask
 from ..agents.tree import Tree
 from ..config import RunConfig
-from .assembly import Agent, make_pool, seed_from, select_tasks
+from .assembly import Agent, make_pool, play_tasks, seed_from, select_tasks
 from .batch import Minibatch
 from .learner import Learner, LearnerConfig
 
 SLOTS = 64
 """Expert episodes played side by side."""
+POOL = 32
+"""Updates whose episodes are sorted by length together."""
 
 
 def collect_demonstrations(
@@ -44,21 +47,16 @@ def collect_demonstrations(
     ]
     slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
     with make_pool(config.env, config.env.train_split, slots, **(config.sft.expert or {}), expert_info=True) as pool:
-        return rollout(
-            ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips),
-            pool,
-            format,
-            chosen,
-            context=config.agent.context,
-            window=config.agent.window,
-            max_context_tokens=config.agent.max_context_tokens,
-            split=config.env.train_split,
-            progress=progress,
-        )
+        expert = ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips)
+        return play_tasks(config, expert, pool, format, chosen, config.env.train_split, progress)
 
 
 class WarmStart:
-    """Epochs of masked maximum likelihood over demonstrations, in an order that the seed alone decides."""
+    """Epochs of masked maximum likelihood over demonstrations, in an order that the seed alone decides.
+
+    Each epoch shuffles the episodes, and the episodes of an update are of similar length: in every run of
+    ``POOL`` updates' worth they are sorted before they are dealt out, so that little of a batch is padding.
+    """
 
     def __init__(self, agent: Agent, config: RunConfig, trees: Sequence[Tree], device: torch.device) -> None:
         self._batch = Minibatch.from_trees(trees)
@@ -67,6 +65,8 @@ class WarmStart:
         self._per_epoch = math.ceil(rows / config.sft.batch_episodes)
         self.total = self._per_epoch * config.sft.epochs
         self.done = 0
+        self._dealt: tuple[int, list[Tensor]] | None = None
+        """An epoch and its updates' rows."""
         self._learner = Learner(
             agent.model,
             None,
@@ -85,13 +85,22 @@ class WarmStart:
     def update(self) -> dict[str, float]:
         """One optimiser step. Call it while ``done < total``."""
         epoch, position = divmod(self.done, self._per_epoch)
-        generator = np.random.default_rng([self._config.seed, 2, epoch])
-        order = generator.permutation(len(self._batch))
-        size = self._config.sft.batch_episodes
-        rows = torch.from_numpy(order[position * size : (position + 1) * size])
-        metrics = self._learner.sft_update(self._batch.select(rows))
+        if self._dealt is None or self._dealt[0] != epoch:
+            self._dealt = epoch, self._deal(np.random.default_rng([self._config.seed, 2, epoch]))
+        metrics = self._learner.sft_update(self._batch.select(self._dealt[1][position]))
         self.done += 1
         return metrics
+
+    def _deal(self, generator: np.random.Generator) -> list[Tensor]:
+        """Return the rows of each update of an epoch."""
+        size, extent = self._config.sft.batch_episodes, self._batch.extent.numpy()
+        order = generator.permutation(len(self._batch))
+        batches: list[Tensor] = []
+        for start in range(0, len(order), POOL * size):
+            pool = order[start : start + POOL * size]
+            pool = pool[np.argsort(extent[pool], kind="stable")]
+            batches += [torch.from_numpy(pool[at : at + size]) for at in range(0, len(pool), size)]
+        return [batches[index] for index in generator.permutation(len(batches))]
 
     def state_dict(self) -> dict[str, Any]:
         return {"done": self.done, "learner": self._learner.state_dict()}

@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from ..agents.models import place
-from ..agents.rollout import Progress, RolloutTask, rollout
+from ..agents.rollout import Progress, RolloutTask
 from ..envs.pool import EnvPool
 from .assembly import (
     engine_policy,
@@ -24,6 +24,7 @@ from .assembly import (
     make_engine,
     make_pool,
     new_agent,
+    play_tasks,
     prepare_device,
     seed_from,
     select_tasks,
@@ -141,16 +142,8 @@ class Trainer:
             self.engine.stats.prefill_tokens,
             self.engine.stats.cached_tokens,
         )
-        trees = rollout(
-            engine_policy(self.agent, self.engine, config, config.agent.temperature),
-            pool,
-            self.agent.format,
-            self._rollout_tasks(),
-            context=config.agent.context,
-            window=config.agent.window,
-            max_context_tokens=config.agent.max_context_tokens,
-            split=config.env.train_split,
-        )
+        policy = engine_policy(self.agent, self.engine, config, config.agent.temperature)
+        trees = play_tasks(config, policy, pool, self.agent.format, self._rollout_tasks(), config.env.train_split)
         rollout_seconds = time.perf_counter() - started
         summary = summarise(trees, config.env.train_split)
         self.display.status(f"step {step}/{config.train.steps}", f"update; rollouts took {rollout_seconds:.1f} s")

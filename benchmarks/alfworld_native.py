@@ -1,9 +1,9 @@
 """Plays ALFWorld games on both engines side by side, and measures how fast the native one is.
 
 ``python -m agentropy.benchmarks.alfworld_native --pack FOLDER`` follows the walkthrough of every game of the pack and
-of the generated splits, and ``--steps`` random commands in ``--walks`` games of each split; it stops at the first
-difference in texts, admissible commands, display names, facts or endings. It also measures resets and steps a second
-of the native engine on one core.
+of ``--generated`` games of each generated split, evenly spaced over its ids, and ``--steps`` random commands in
+``--walks`` games of each split; it stops at the first difference in texts, admissible commands, display names, facts
+or endings. It also measures resets and steps a second of the native engine on one core.
 """
 
 from __future__ import annotations
@@ -65,11 +65,12 @@ def difference(game: Game, rng: random.Random, steps: int) -> str | None:
     return None
 
 
-def compare(index: GameIndex, steps: int, walks: int) -> dict[str, int]:
-    """Compare every game of ``index``; the random walk is taken in ``walks`` of each split's games."""
+def compare(index: GameIndex, games: int | None, steps: int, walks: int) -> dict[str, int]:
+    """Compare ``games`` (None: all) of each split of ``index``; the random walk is taken in ``walks`` of them."""
     counts = {}
     for split in index.splits:
         tasks = index.tasks(split)
+        tasks = tasks[:: max(1, len(tasks) // games)][:games] if games else tasks
         walked = set(random.Random(0).sample(tasks, min(walks, len(tasks))))
         for number, task in enumerate(tasks):
             found = difference(index.load(split, task), random.Random(number), steps if task in walked else 0)
@@ -112,6 +113,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--pack", type=Path, help="a pack of published games to play as well")
     parser.add_argument("--walks", type=int, default=250, help="games of each split that are walked at random")
     parser.add_argument("--steps", type=int, default=20, help="random commands in each of them")
+    parser.add_argument("--generated", type=int, default=200, help="games of each generated split")
     parser.add_argument("--games", type=int, default=400, help="games whose speed is measured")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     options = parser.parse_args(arguments)
@@ -123,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name} games")
         result[name] = {
             "speed": (measured := speed(index, "train", options.games, 50)),
-            "same": compare(index, options.steps, options.walks),
+            "same": compare(index, options.generated if name == "generated" else None, options.steps, options.walks),
         }
         print(f"{measured['resets_per_second']:.0f} resets/s, {measured['steps_per_second']:,.0f} steps/s on one core")
     if options.out is not None:

@@ -1,12 +1,13 @@
-"""How fast ALFWorld resets and steps: the plain alfworld/TextWorld loop, one environment, and the pool.
+"""How fast ALFWorld resets and steps: the plain alfworld/TextWorld loop, both engines, and the pool.
 
 ``python -m agentropy.benchmarks.env_throughput`` plays the same games with the same random admissible commands in
 every variant, in turns (all variants play a block of games before the next block starts, so that a noisy machine
 disturbs all alike), checks that all read the same text, prints a table and writes JSON.
 
-- *first visit*: a game that was never loaded on this machine.
-- *cached*: its translation is on disk from an earlier process, as in every later run of a training.
-- *again*: the same episodes once more in the same process; every transition is known.
+- *native*: the default engine; every game is one that was never loaded before.
+- *textworld*: the engine that runs the domain and grammar as they are. *First visit*: a game that was never loaded on
+  this machine; *cached*: its translation is on disk from an earlier process; *again*: the same episodes once more in
+  the same process, every transition known.
 
 A reset includes loading the game and its first list of admissible commands; a step includes the next list.
 """
@@ -196,29 +197,26 @@ def measure(
     """
     warm_up, *games = games
     world = {**world, "max_turns": steps + 1}
-    key = tuple(sorted(world.items()))
+    native, textworld = (tuple(sorted({**world, "engine": engine}.items())) for engine in ("native", "textworld"))
     parts = [list(part) for part in np.array_split(np.array(games, dtype=object), blocks)]
     slots = max(workers, max(map(len, parts)))
     timings: dict[str, list[Timing]] = {}
     with contextlib.ExitStack() as stack:
-        here, there = (stack.enter_context(tempfile.TemporaryDirectory()) for _ in range(2))
-        stock, first, cached = (stack.enter_context(_process(here)) for _ in range(3))
-        with _cache(there):
-            pools = [stack.enter_context(EnvPool(WORLD, world, num_envs=slots, num_workers=workers)) for _ in range(2)]
+        here = stack.enter_context(tempfile.TemporaryDirectory())
+        stock, fast, first, cached = (stack.enter_context(_process(here)) for _ in range(4))
+        pool = stack.enter_context(EnvPool(WORLD, dict(native), num_envs=slots, num_workers=workers))
 
         def run(part: Sequence[Game]) -> Iterator[tuple[str, Timing]]:
             tasks = [game.id for game in part]
-            name = f"pool, {workers} worker{'s' if workers > 1 else ''}"
             yield STOCK, stock.submit(play_stock, part, steps, seed).result()
-            yield "one environment, first visit", first.submit(play_one, key, tasks, steps, seed).result()
-            yield "one environment, cached", cached.submit(play_one, key, tasks, steps, seed).result()
-            yield "one environment, again", first.submit(again, play_one, key, tasks, steps, seed).result()
-            yield f"{name}, first visit", play_pool(pools[0], tasks, steps, seed)
-            yield f"{name}, cached", play_pool(pools[1], tasks, steps, seed)
-            yield f"{name}, again", again(play_pool, pools[0], tasks, steps, seed)
+            yield "native, one environment", fast.submit(play_one, native, tasks, steps, seed).result()
+            name = f"native, pool of {workers} worker{'s' if workers > 1 else ''}"
+            yield name, play_pool(pool, tasks, steps, seed)
+            yield "textworld, first visit", first.submit(play_one, textworld, tasks, steps, seed).result()
+            yield "textworld, cached", cached.submit(play_one, textworld, tasks, steps, seed).result()
+            yield "textworld, again", first.submit(again, play_one, textworld, tasks, steps, seed).result()
 
-        for pool in pools:
-            play_pool(pool, [warm_up.id] * slots, 1, seed)
+        play_pool(pool, [warm_up.id] * slots, 1, seed)
         for _ in run([warm_up]):
             pass
         for number, part in enumerate(parts, 1):
@@ -235,19 +233,6 @@ def _process(cache: str) -> ProcessPoolExecutor:
 
 def _use_cache(folder: str) -> None:
     os.environ["AGENTROPY_CACHE"] = folder
-
-
-@contextlib.contextmanager
-def _cache(folder: str) -> Iterator[None]:
-    """Workers started within keep their cache in ``folder``."""
-    before = os.environ.get("AGENTROPY_CACHE")
-    _use_cache(folder)
-    try:
-        yield
-    finally:
-        del os.environ["AGENTROPY_CACHE"]
-        if before is not None:
-            _use_cache(before)
 
 
 def rates(timings: Sequence[Timing]) -> dict[str, list[float]]:
@@ -279,7 +264,7 @@ def table(variants: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
         for metric, values in variant.items():
             median = statistics.median(values)
             cells += [_figure(median), _figure(median / statistics.median(variants[STOCK][metric]))]
-        shown.add_row(name, *cells, end_section=name == STOCK or name.endswith("again"))
+        shown.add_row(name, *cells, end_section=name == STOCK or name.startswith("native, pool"))
     return shown
 
 
@@ -339,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     console.print(table(variants))
     console.print(
-        "first visit: never loaded before · cached: translated by an earlier process\n"
+        "native and first visit: games never loaded before · cached: translated by an earlier process\n"
         "again: the same episodes in the same process, every transition known\n\n"
         f"{options.games} {'published' if world['source'] != 'generated' else 'generated'} games of {options.split}, "
         f"{options.steps} random admissible commands each; medians of {options.blocks} blocks; {seconds:.0f} s\n"

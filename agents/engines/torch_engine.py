@@ -27,6 +27,10 @@ _SHARED_WORTH_WAITING = 16
 """A request waits for another one's prefill when that spares it more tokens than this."""
 _PREFILL_TOKENS = 8192
 """Tokens of one prefill pass: bounds the memory of its activations."""
+CACHE_BYTES = 2 << 30
+"""Memory of the prefix cache by default; it is taken only as it is written."""
+CACHE_TOKENS = 1 << 17
+"""Least number of tokens in the prefix cache by default."""
 
 
 class TorchEngine:
@@ -45,7 +49,7 @@ class TorchEngine:
         tokenizer: Tokenizer | None = None,
         *,
         max_batch: int = 128,
-        cache_tokens: int = 131_072,
+        cache_tokens: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         fused: bool = True,
@@ -56,7 +60,9 @@ class TorchEngine:
             model: a causal language model of transformers.
             tokenizer: needed for stop strings only.
             max_batch: requests that run at once; more are served in waves.
-            cache_tokens: bound of the prefix cache; the longest sequence must fit.
+            cache_tokens: bound of the prefix cache; the longest sequence must fit. By default what fits in
+                ``CACHE_BYTES``, and never less than ``CACHE_TOKENS``: a cache that cannot hold all running episodes
+                computes their histories anew every turn.
             device: where to compute; the model's own by default.
             dtype: type of weights and cache; the model's own by default.
             fused: use the fused forward pass where the architecture has one.
@@ -64,7 +70,7 @@ class TorchEngine:
         Raises:
             UsageError: a bound is not positive, or the model cannot be cached.
         """
-        if max_batch < 1 or cache_tokens < 2:
+        if max_batch < 1 or (cache_tokens is not None and cache_tokens < 2):
             raise UsageError(f"max_batch={max_batch}, cache_tokens={cache_tokens}; expected at least 1 and at least 2")
         first = next(model.parameters())
         self._shared = model
@@ -83,6 +89,9 @@ class TorchEngine:
             LlamaRunner(self._model) if fused and LlamaRunner.supports(self._model) else GenericRunner(self._model)
         )
         self._runner.refresh()
+        if cache_tokens is None:
+            width = sum(layer.heads * (layer.key_size + layer.value_size) for layer in self._runner.layers)
+            cache_tokens = max(CACHE_TOKENS, CACHE_BYTES // (width * self._dtype.itemsize))
         self._cache = PrefixCache(
             self._runner.layers,
             max_tokens=cache_tokens,

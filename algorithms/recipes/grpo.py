@@ -19,6 +19,7 @@ class GRPO(Method):
     summary: ClassVar = "group-relative advantages with PPO's clipped loss"
     equations: ClassVar = (
         "A_i = (R_i - mean_group R) / (std_group R + 1e-6), the same for all action tokens of trajectory i",
+        "turn_credit w: A_i + w (G_it - mean_group G) / (std_group G + 1e-6), G_it = sum_k turn_gamma^k r_i,t+k",
         "l_t = max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A dual where A < 0, r = exp(logp - old_logp)",
         "loss = agg(l) + kl_coef agg(KL(policy || reference))",
     )
@@ -31,6 +32,11 @@ class GRPO(Method):
     group_stats: Literal["trajectories", "turns"] = "trajectories"
     """What counts once in a group's statistics; ``turns`` reproduces verl-agent, where long episodes weigh
     more."""
+    turn_credit: float = Field(0.0, ge=0)
+    """Weight of a second advantage, which compares each turn's discounted rewards with those of the group's other
+    turns; 0 is GRPO. For worlds that pay or fine single turns."""
+    turn_gamma: float = Field(0.5, ge=0, le=1)
+    """Discount of a turn's rewards in ``turn_credit``."""
     normalize_std: bool = True
     """Divide by the group's standard deviation; off, it is Dr. GRPO's advantage."""
     clip_low: float = Field(0.2, ge=0, le=1)
@@ -43,8 +49,11 @@ class GRPO(Method):
     kl_estimator: Estimator = "k3"
 
     def compose(self, slots: Slots, total_steps: int) -> Slots:
+        credit = use("credit", "broadcast", unit=self.group_stats)
+        if self.turn_credit:
+            credit = use("credit", "turns", weight=self.turn_credit, gamma=self.turn_gamma, unit=self.group_stats)
         parts: dict[str, Any] = {
-            "credit": use("credit", "broadcast", unit=self.group_stats),
+            "credit": credit,
             "baseline": use("baseline", "group", std=self.normalize_std),
             "clip": use("clip", "ppo", low=self.clip_low, high=self.clip_high, dual=self.dual_clip),
             "aggregation": use("aggregation", self.aggregation),

@@ -68,6 +68,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         max_turns: int = 50,
         reward_scale: float = 1.0,
         invalid_penalty: float = 0.0,
+        progress_reward: float = 0.0,
         engine: str = "native",
         expert: str = "oracle",
         expert_info: bool = False,
@@ -80,12 +81,16 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             source: ``"generated"``, ``"dataset"`` or ``"pack"``.
             data: where the dataset or pack lies.
             task_types: keep only tasks of these of the six types; None keeps all.
-            num_games: generated games per split, such as ``{"train": 10_000}``; a split left out keeps its 2000
+            num_games: generated games per split, such as ``{"train": 10_000}``; a split left out keeps its 10,000
                 (train) or 200. The first games stay the same whatever their number.
             game_seed: another number, not negative, generates other games.
             max_turns: turns before truncation, at least 1.
             reward_scale: the reward of success (1 by default; verl-agent uses 10).
             invalid_penalty: taken from the reward of a turn whose command was not admissible (verl-agent: 0.1).
+            progress_reward: paid in parts as the episode comes closer to its end: a turn after which the oracle needs
+                ``n`` commands fewer gets ``n`` of the ``N`` that it needs from the start, and one that leads away
+                pays it back. This is potential-based shaping (Ng, Harada and Russell 1999), which leaves the best
+                policy the best.
             engine: ``"native"``, the rules of ALFWorld's domain and grammar in Python, or ``"textworld"``, which runs
                 the two as they are. They play the same, byte for byte; a game under another domain or grammar is
                 played by the latter in either case, with a warning.
@@ -119,6 +124,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self.max_turns = max_turns
         self.reward_scale = reward_scale
         self.invalid_penalty = invalid_penalty
+        self.progress_reward = progress_reward
         self.render_mode = render_mode
         self.observation_space = TextSpace(max_length=1 << 14)
         self.action_space = TextSpace(max_length=256)
@@ -139,6 +145,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._turn = 0
         self._invalid = False
         self._observation = ""
+        self._left = self._start_distance = 0
+        """Commands that the oracle needs from here; kept for ``progress_reward`` only."""
 
     def lexicon(self) -> tuple[str, ...]:
         """Return texts that together hold every word of observations, commands and goals."""
@@ -201,6 +209,10 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         won = self._point.won
         truncated = not won and self._turn >= self.max_turns
         reward = self.reward_scale * won - self.invalid_penalty * self._invalid
+        if self.progress_reward and move is not None:
+            left = self._distance()
+            reward += self.progress_reward * (self._left - left) / self._start_distance
+            self._left = left
         return self._observation, reward, won, truncated, self._info()
 
     def snapshot(self) -> ALFWorldSnapshot:
@@ -235,6 +247,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
                 raise UsageError(f"the snapshot does not replay: {command!r} is not admissible")
             self._point = move[0]
             self._remember(command)
+        if self.progress_reward:
+            self._left = self._distance()
         self._turn = snapshot.turn
         self._observation, self._invalid = snapshot.observation, snapshot.invalid
         return self._observation, self._info()
@@ -264,6 +278,9 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._point = self._playable.root
         self._commands, self._turn, self._invalid, self._seen = (), 0, False, frozenset()
         self._observation = self._playable.intro.removeprefix(BANNER)
+        if self.progress_reward:
+            self._left = self._distance()
+            self._start_distance = max(1, self._left)
 
     def _load(self, game: Game) -> Playable[Any]:
         """Return ``game`` on the engine that plays it."""
@@ -278,6 +295,14 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         from .engine import ground
 
         return ground(game)
+
+    def _distance(self) -> int:
+        """Return how many commands the oracle needs from here."""
+        from .expert import goal_of, plan
+
+        if self._point.won:
+            return 0
+        return len(plan(goal_of(self._started()), self._playable.facts(self._point), self._playable.names))
 
     def _remember(self, command: str) -> None:
         """Note that ``command`` has led to the current state."""

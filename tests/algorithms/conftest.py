@@ -49,6 +49,8 @@ def make_batch(seed: int, *, groups: int = 3, size: int = 4, window: bool = Fals
         returns=torch.tensor([row["returns"] for row in rows], dtype=torch.float64),
     )
     logprobs = torch.from_numpy(old + rng.normal(0, 0.4, turn.shape))
+    paid = np.round(rng.normal(size=(groups * size, turn.max() + 1)), 1)
+    batch = batch.replace(turn_rewards=torch.from_numpy(paid)[batch.trajectory])
     return batch, logprobs, torch.from_numpy(entropy * rng.uniform(0.5, 1.5, turn.shape))
 
 

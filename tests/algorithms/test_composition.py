@@ -24,6 +24,7 @@ MODES = (
 VARIANTS = (
     *((name, preset, {}) for name in recipes() for preset in (None, *available_presets(name))),
     *(("grpo", None, {"aggregation": mode, "kl_coef": 0.1, "kl_estimator": "k3+"}) for mode in MODES),
+    ("grpo", None, {"turn_credit": 2.0, "turn_gamma": 0.9}),
     ("epo", "corridor", {"entropy_coef": 1.0, "reference": "per_turn", "group_stats": "turns"}),
     ("epo", "official", {"entropy_coef": 1.0, "max_turns": 6}),
 )

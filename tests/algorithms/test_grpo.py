@@ -55,6 +55,44 @@ def test_a_full_row_counts_its_turns_like_window_rows():
     assert plan.advantages[:, 0].tolist() == pytest.approx([1.499997, -0.499999], abs=1e-6)
 
 
+@given(seed=st.integers(0, 2**16), window=st.booleans(), gamma=st.sampled_from([0.0, 0.5, 1.0]))
+def test_turn_credit_against_a_plain_loop(ragged, seed, window, gamma):
+    batch, *_ = ragged(seed, window=window)
+    plan = recipe("grpo", turn_credit=2.0, turn_gamma=gamma).plan(batch)
+    whole = recipe("grpo").plan(batch).advantages
+    value, groups = {}, {}
+    for row in range(len(batch)):
+        for turn in set(batch.turn[row][batch.mask[row]].tolist()):
+            paid = batch.turn_rewards[row].tolist()[turn:]
+            value[batch.trajectory[row].item(), turn] = sum(gamma**k * reward for k, reward in enumerate(paid))
+            groups[batch.trajectory[row].item()] = batch.group[row].item()
+    for row, column in batch.mask.nonzero().tolist():
+        trajectory, turn = batch.trajectory[row].item(), batch.turn[row, column].item()
+        others = [value[key] for key in value if groups[key[0]] == groups[trajectory]]
+        alone = len(others) == 1
+        mean, std = (0, 1) if alone else (np.mean(others), np.std(others, ddof=1) + 1e-6)
+        expected = whole[row, column].item() + 2.0 * (value[trajectory, turn] - mean) / std
+        assert plan.advantages[row, column].item() == pytest.approx(expected, abs=1e-9)
+
+
+def test_turn_credit_blames_the_turn_that_was_fined():
+    """Both trajectories earn 1 in all; only the command that cost something loses by it."""
+    batch = Minibatch(
+        mask=torch.ones(2, 2).bool(),
+        turn=torch.tensor([[0, 1], [0, 1]]),
+        returns=torch.tensor([1.0, 1.0]),
+        turn_rewards=torch.tensor([[-0.5, 1.5], [0.0, 1.0]]),
+    )
+    plan = recipe("grpo", turn_credit=1.0, turn_gamma=0.0).plan(batch)
+    assert plan.advantages.tolist()[0] == pytest.approx([-1.095444, 1.095444], abs=1e-5)
+    assert recipe("grpo").plan(batch).advantages.tolist() == [[0, 0], [0, 0]]
+
+
+def test_turn_credit_without_the_turns_rewards_is_refused():
+    with pytest.raises(UsageError, match="turn_rewards"):
+        recipe("grpo", turn_credit=1.0).plan(Minibatch(mask=torch.ones(2, 1).bool()))
+
+
 @pytest.mark.parametrize("options", [{}, {"group_stats": "turns"}, {"normalize_std": False}])
 def test_equal_returns_give_exactly_zero_and_a_single_one_itself(options):
     assert advantages([0.1, 0.1, 0.1], **options) == [0, 0, 0]

@@ -282,3 +282,30 @@ def test_an_inadmissible_command_costs_its_penalty_and_nothing_else():
     assert env.step("look")[1] == 0.0
     *_, last = ((*env.step(action)[1:3],) for action in env.expert())
     assert last == (1.0, True)
+
+
+@pytest.mark.parametrize("expert", ["oracle", "explorer"])
+def test_progress_is_paid_once_whatever_the_way(expert):
+    """A potential: what an episode earns by it depends on where it began and ended alone."""
+    env = ALFWorldEnv(split="valid_seen", progress_reward=2.0, reward_scale=0.0, expert=expert)
+    for seed in range(4):
+        env.reset(seed=seed)
+        paid = [env.step(action)[1] for action in env.expert()]
+        assert env._point.won
+        assert sum(paid) == pytest.approx(2.0)
+        assert expert == "explorer" or min(paid) > 0
+
+
+def test_progress_is_paid_back_and_what_changes_nothing_earns_nothing():
+    env = ALFWorldEnv(split="valid_seen", progress_reward=1.0)
+    env.reset(seed=0)
+    while not (action := next(env.expert())).startswith("take "):
+        env.step(action)
+    taken = env.step(action)[1]
+    assert taken > 0
+    assert env.step("look")[1] == env.step("fly")[1] == 0
+    point = env.snapshot()
+    put_back = action.replace("take ", "move ").replace(" from ", " to ")
+    assert env.step(put_back)[1] == pytest.approx(-taken)
+    env.restore(point)
+    assert env.step(put_back)[1] == pytest.approx(-taken)

@@ -40,7 +40,7 @@ games = st.builds(any_game, st.sampled_from(SPLITS), st.integers(0, 60), st.inte
 
 
 def test_splits_have_the_promised_sizes_and_sorted_unique_ids():
-    for split, size in (("train", 2000), ("valid_seen", 200), ("valid_unseen", 200)):
+    for split, size in (("train", 10_000), ("valid_seen", 200), ("valid_unseen", 200)):
         tasks = GAMES.tasks(split)
         assert len(set(tasks)) == len(tasks) == size
         assert list(tasks) == sorted(tasks)
@@ -65,9 +65,9 @@ def test_every_split_has_every_task_type_and_train_the_published_mix():
     counts = Counter(parts(task)[0] for task in GAMES.tasks("train"))
     published = {kind: sum(mix.values()) for kind, mix in TASK_MIX.items()}
     for kind in TASK_TYPES:
-        # Four standard deviations of a binomial of 2,000 games.
+        # Four standard deviations of a binomial of 10,000 games.
         share = published[kind] / sum(published.values())
-        assert abs(counts[kind] / 2000 - share) < 4 * (share * (1 - share) / 2000) ** 0.5
+        assert abs(counts[kind] / 10_000 - share) < 4 * (share * (1 - share) / 10_000) ** 0.5
 
 
 def test_published_counts_are_those_of_the_pack(shared_data):
