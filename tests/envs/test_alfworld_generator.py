@@ -118,7 +118,8 @@ def test_a_game_does_not_depend_on_what_was_made_before(split, at):
 def test_games_are_the_same_in_every_process():
     """The digest also pins the games across versions: a change of it changes everyone's tasks."""
     code = (
-        "from agentropy.envs.alfworld.generator import GeneratedGames; import hashlib; g = GeneratedGames()\n"
+        "from agentropy.envs.alfworld.generator import GeneratedGames; import hashlib\n"
+        "g = GeneratedGames(num_games={'train': 2000})\n"
         "ids = [(s, t) for s in g.splits for t in g.tasks(s)]\n"
         "games = [(x.id, x.task, x.problem, x.walkthrough) for x in (g.load(*i) for i in ids[::50])]\n"
         "print(hashlib.sha256(repr([ids, games]).encode()).hexdigest()[:16])"
@@ -137,7 +138,7 @@ def test_games_are_the_same_in_every_process():
 
 
 def test_more_games_extend_the_default_ones():
-    more = GeneratedGames(num_games={"train": 3000})
+    more = GeneratedGames(num_games={"train": 11_000})
     assert set(GAMES.tasks("train")) < set(more.tasks("train"))
     far = GeneratedGames(num_games={"train": 10**7})
     for task in GAMES.tasks("train")[:3]:

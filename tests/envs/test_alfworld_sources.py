@@ -169,9 +169,9 @@ def test_the_environment_draws_as_many_games_as_it_is_told():
 
 
 def test_more_generated_games_can_be_drawn_and_another_seed_gives_others():
-    more = open_index("generated", num_games={"train": 2500})
+    more = open_index("generated", num_games={"train": 10_500})
     usual, other = open_index("generated"), open_index("generated", game_seed=1)
-    assert len(more.tasks("train")) == 2500 and more.tasks("valid_seen") == usual.tasks("valid_seen")
+    assert len(more.tasks("train")) == 10_500 and more.tasks("valid_seen") == usual.tasks("valid_seen")
     assert set(usual.tasks("train")) < set(more.tasks("train"))
     task = usual.tasks("train")[0]
     assert more.load("train", task) == usual.load("train", task)
