@@ -37,7 +37,7 @@ class EnvConfig(Section):
     eval_split: str = "valid_unseen"
     train_kwargs: dict[str, Any] | None = None
     """Arguments of the world's constructor for training rollouts, on top of ``kwargs``. Unset, ALFWorld's episodes
-    are cut after 30 turns, an invalid command costs 0.1, and what brings the goal nearer is paid: 2 in all, and 0.2
+    are cut after 30 turns, an invalid command costs 0.05, and what brings the goal nearer is paid: 2 in all, and 0.5
     for reaching it. Other worlds get none. Held-out episodes are judged by success alone."""
     train_tasks: int | None = Field(None, ge=1)
     """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
@@ -109,7 +109,7 @@ class AlgorithmConfig(Section):
     """A recipe; ``agentropy recipes`` lists them."""
     preset: str | None = None
     """A named set of the recipe's defaults, such as ``paper``."""
-    overrides: dict[str, Any] = {"aggregation": "turn-mean", "turn_credit": 10.0, "turn_gamma": 0.3}
+    overrides: dict[str, Any] = {"aggregation": "turn-mean", "turn_credit": 4.0, "turn_gamma": 0.5}
     """Values of the recipe's own options. By default every episode counts the same, and every turn of one (with
     ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held against that turn.
     """
@@ -121,7 +121,8 @@ class TrainConfig(Section):
     group_size: int = Field(8, ge=1)
     """Episodes of each task in a step; advantages compare the members of a group."""
     lr: float = Field(1e-3, gt=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    schedule: Literal["constant", "cosine", "linear"] = "linear"
+    """At a constant rate the default run gains as much by half of its steps and loses it again by the end."""
     warmup_steps: int = Field(8, ge=0)
     """Optimiser steps over which the learning rate rises."""
     weight_decay: float = Field(0.0, ge=0)
@@ -179,7 +180,7 @@ class RunConfig(Section):
         """What suits ALFWorld is no argument of other worlds."""
         alfworld = self.env.id == ALFWORLD
         if self.env.train_kwargs is None:
-            dense = {"max_turns": 30, "invalid_penalty": 0.1, "progress_reward": 2.0, "reward_scale": 0.2}
+            dense = {"max_turns": 30, "invalid_penalty": 0.05, "progress_reward": 2.0, "reward_scale": 0.5}
             self.env.train_kwargs = dense if alfworld else {}
         if self.sft.expert is None:
             self.sft.expert = {"expert": "explorer"} if alfworld else {}

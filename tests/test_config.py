@@ -75,9 +75,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_what_suits_alfworld_is_no_argument_of_other_worlds() -> None:
     assert load_config(None).env.train_kwargs == {
         "max_turns": 30,
-        "invalid_penalty": 0.1,
+        "invalid_penalty": 0.05,
         "progress_reward": 2.0,
-        "reward_scale": 0.2,
+        "reward_scale": 0.5,
     }
     assert load_config(None, ["env.train_kwargs={}"]).env.train_kwargs == {}
     other = load_config(None, ["env.id=my_worlds:Echo-v0"])
