@@ -223,7 +223,14 @@ def _place(goal: Goal, receptacle_type: str, world: World) -> Iterator[str]:
     targets = world.of_type((receptacle_type,))
     if not targets:
         return
-    target = min(targets, key=lambda name: (-len(_placed(goal, name, world)), world.effort(name)))
+    empty_handed = not world.holds(goal.object)
+
+    def order(name: str) -> tuple[int, tuple[int, str, int]]:
+        placed, (turns, kind, number) = len(_placed(goal, name, world)), world.effort(name)
+        # Of two that hold one each, always the same: by distance, the one just left would look better every time.
+        return -placed, (0 if placed and empty_handed else turns, kind, number)
+
+    target = min(targets, key=order)
     while len(placed := _placed(goal, target, world)) < goal.count:
         if not world.holds(goal.object):
             yield from world.drop()
