@@ -65,8 +65,9 @@ def parse_goal(problem: str) -> Goal:
     return Goal(wanted, receptacle and receptacle[1], objects.get("ot"), state, count)
 
 
+@lru_cache(maxsize=64)
 def parse_problem(problem: str) -> Problem:
-    """Read a PDDL problem whose initial facts are plain atoms."""
+    """Read a PDDL problem whose initial facts are plain atoms; the generator and the native engine ask for the same."""
     init = problem.index("(:init")
     declared = problem[problem.index("(:objects") : init]
     atoms = re.findall(r"\(([^():]+)\)", problem[init : problem.index("(:goal")].lower())
