@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections import OrderedDict
 from collections.abc import Mapping
 
 import numpy as np
 
 from .domain import display_names
 from .facts import Binding, Fact, Facts
-from .games import GOAL_PLACEHOLDER, Game, goal_template
+from .games import GOAL_PLACEHOLDER, Game, RecentGames, goal_template
 from .grammar import Entity, Scene, Symbols, compile_grammar
 from .planner import Planner, PlannerPool
 from .translation import translate
@@ -26,7 +25,6 @@ MAX_GAMES = 64
 _LOCK = threading.RLock()
 """Held while a planner is used: another game may take it between two calls."""
 _PLANNERS = PlannerPool(MAX_PLANNERS)
-_GAMES: OrderedDict[str, GroundedGame] = OrderedDict()
 
 Effects = tuple[tuple[Fact, bool], ...]
 
@@ -211,9 +209,7 @@ class GroundedGame:
 
 def ground(game: Game) -> GroundedGame:
     """Return the grounded form of ``game``; the ``MAX_GAMES`` used last are kept."""
-    with _LOCK:
-        grounded = _GAMES.pop(game.digest, None) or GroundedGame(game)
-        _GAMES[game.digest] = grounded
-        if len(_GAMES) > MAX_GAMES:
-            _GAMES.popitem(last=False)
-        return grounded
+    return _GAMES.get(game)
+
+
+_GAMES = RecentGames(GroundedGame, MAX_GAMES)

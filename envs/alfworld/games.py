@@ -2,6 +2,7 @@
 
 - ``Game``: one game's problem, domain, grammar, task sentence and walkthrough.
 - ``GameIndex``: the protocol of a source of games: sorted ids per split, and loading one by id.
+- ``RecentGames``: the games that stay loaded.
 - ``Playable``: the protocol of a game on one of the two engines.
 - ``open_index``: the index for ``source="generated" | "dataset" | "pack"``.
 - ``TASK_TYPES``, ``SPLITS``: the six task types and the three splits.
@@ -15,11 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from ...errors import UsageError, nearest
 
@@ -34,6 +37,7 @@ TASK_TYPES = (
     "pick_two_obj_and_place",
 )
 Point = TypeVar("Point")
+Loaded = TypeVar("Loaded")
 GOAL_PLACEHOLDER = "UNKNOWN GOAL"
 """Stands for the task sentence in the grammar that all games share."""
 
@@ -107,6 +111,26 @@ class Playable(Protocol[Point]):
     def facts(self, point: Point, /) -> frozenset[tuple[str, ...]]:
         """Return the atoms that hold at ``point``, as predicate and arguments in PDDL names."""
         ...
+
+
+class RecentGames(Generic[Loaded]):
+    """Loaded games by ``Game.digest``: the ``capacity`` used last, shared by every environment of the process."""
+
+    def __init__(self, load: Callable[[Game], Loaded], capacity: int) -> None:
+        """Start empty; ``load`` makes what is not there, one game at a time."""
+        self._load = load
+        self._capacity = capacity
+        self._games: OrderedDict[str, Loaded] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, game: Game) -> Loaded:
+        """Return ``game``, loaded."""
+        with self._lock:
+            loaded = self._games.pop(game.digest, None) or self._load(game)
+            self._games[game.digest] = loaded
+            if len(self._games) > self._capacity:
+                self._games.popitem(last=False)
+            return loaded
 
 
 def open_index(

@@ -13,19 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-import threading
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Final
 
 from .domain import display_names
 from .expert import Fact, Goal, Problem, goal_of, parse_problem
-from .games import Game, goal_template
+from .games import Game, RecentGames, goal_template
 
 MAX_GAMES = 256
-_LOCK = threading.Lock()
-_GAMES: OrderedDict[str, NativeGame] = OrderedDict()
 
 _DOMAIN: Final = "76c1115ec2b6818273db0cb4ebddd991"
 _GRAMMAR: Final = "e94fd68eca8788c3d29e58380fd464f8"
@@ -384,12 +381,10 @@ Available commands:
 
 def native(game: Game) -> NativeGame:
     """Return the native form of ``game``; the ``MAX_GAMES`` used last are kept."""
-    with _LOCK:
-        loaded = _GAMES.pop(game.digest, None) or NativeGame(game)
-        _GAMES[game.digest] = loaded
-        if len(_GAMES) > MAX_GAMES:
-            _GAMES.popitem(last=False)
-        return loaded
+    return _GAMES.get(game)
+
+
+_GAMES: Final = RecentGames(NativeGame, MAX_GAMES)
 
 
 def unsupported(game: Game) -> str | None:
