@@ -1,6 +1,7 @@
 """The space of all texts that the worlds read and write.
 
-- ``TextSpace``: Gymnasium's ``Text`` over printable ASCII and newlines, usable in ``AsyncVectorEnv``.
+- ``TextSpace``: Gymnasium's ``Text`` over all of Unicode, usable in ``AsyncVectorEnv``.
+- ``storable``: a text without the code points that no file and no tokenizer can hold.
 
 Gymnasium's asynchronous vector environment reads a ``Text`` observation from shared memory only once, when it is made,
 and shows that for ever. The functions registered here hand it a view that reads whenever it is looked at.
@@ -19,15 +20,31 @@ from gymnasium.spaces import Text
 from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory, write_to_shared_memory
 
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
+"""What samples are made of."""
 _LENGTH_BYTES = 4
+_MOST_BYTES = 4
+"""Of one character in UTF-8."""
 
 
 class TextSpace(Text):
-    """All texts of printable ASCII and newlines of at most ``max_length`` characters, the empty one included."""
+    """All texts of at most ``max_length`` characters, the empty one included; samples are of printable ASCII."""
 
     def __init__(self, max_length: int, seed: int | np.random.Generator | None = None) -> None:
         """Take the largest length, in characters."""
         super().__init__(max_length, min_length=0, charset=CHARACTERS, seed=seed)
+
+    def contains(self, x: Any) -> bool:
+        """Whether ``x`` is a text that is short enough."""
+        return isinstance(x, str) and len(x) <= self.max_length
+
+
+def storable(text: str) -> str:
+    """Return ``text`` with a question mark for each lone surrogate, which UTF-8 cannot write.
+
+    >>> storable("caf\\u00e9 \\ud800")
+    'café ?'
+    """
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 class _SharedTexts(Sequence[str]):
@@ -49,14 +66,14 @@ class _SharedTexts(Sequence[str]):
             return tuple(self[at] for at in range(*index.indices(len(self))))
         row = self._memory[index].tobytes()
         length = int.from_bytes(row[:_LENGTH_BYTES], "little")
-        return row[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("ascii")
+        return row[_LENGTH_BYTES : _LENGTH_BYTES + length].decode("utf-8")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> tuple[str, ...]:
         return tuple(self)
 
 
 def _row_size(space: TextSpace) -> int:
-    return _LENGTH_BYTES + space.max_length
+    return _LENGTH_BYTES + _MOST_BYTES * space.max_length
 
 
 @create_shared_memory.register(TextSpace)
@@ -71,7 +88,8 @@ def _read(space: TextSpace, shared_memory: Any, n: int = 1) -> _SharedTexts:
 
 @write_to_shared_memory.register(TextSpace)
 def _write(space: TextSpace, index: int, values: str, shared_memory: Any) -> None:
-    data = len(values).to_bytes(_LENGTH_BYTES, "little") + values.encode("ascii")
+    encoded = storable(values).encode("utf-8")
+    data = len(encoded).to_bytes(_LENGTH_BYTES, "little") + encoded
     memory = memoryview(shared_memory.get_obj()).cast("B")
     start = index * _row_size(space)
     memory[start : start + len(data)] = data

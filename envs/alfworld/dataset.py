@@ -15,7 +15,8 @@ import re
 from pathlib import Path
 
 from ...errors import UsageError
-from .games import GOAL_PLACEHOLDER, SPLITS, Game, cache_folder, check_split, unknown_task
+from ..cache import cache_folder
+from .games import GOAL_PLACEHOLDER, SPLITS, Game, check_split, unknown_task
 
 GAME_FILE = "game.tw-pddl"
 RELEASE = "json_2.1.1"

@@ -1,6 +1,5 @@
 """ALFWorld's PDDL domain, its text grammar and the names it shows for PDDL objects.
 
-- ``alfworld_files``: the folder of the installed ``alfworld`` wheel, found without importing it.
 - ``domain_pddl``: the domain that all published games share.
 - ``grammar``: the grammar of a game with its task sentence filled in.
 - ``display_names``: ``potato_bar__plus_01_dot_20_bar_...`` to ``potato 1``.
@@ -8,44 +7,25 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
-from pathlib import Path
 
-from ...errors import MissingDependencyError
+from .upstream import upstream
 
 _HELP = re.compile(r'feedback :: "#help\.feedback#";\s*grammar :: """\s*(\{.*?\})\s*""";', re.DOTALL)
 _GOAL = "UNKNOWN GOAL"
 
 
 @lru_cache(maxsize=1)
-def alfworld_files() -> Path:
-    """Return the folder of the ``alfworld`` package; its modules are never executed from here.
-
-    Raises:
-        MissingDependencyError: ``alfworld`` is not installed.
-    """
-    spec = importlib.util.find_spec("alfworld")
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    for folder in map(Path, folders):
-        if (folder / "data" / "alfred.pddl").is_file():
-            return folder
-    raise MissingDependencyError(
-        "ALFWorld's domain and floor plans are not installed; run: pip install 'agentropy[alfworld]'"
-    )
-
-
-@lru_cache(maxsize=1)
 def domain_pddl() -> str:
     """Return the domain of the published games.
 
-    The wheel's file comments out one line of it, which lets objects be cleaned in any ``SinkType`` receptacle.
+    ALFWorld's file comments out one line of it, which lets objects be cleaned in any ``SinkType`` receptacle.
     """
-    text = (alfworld_files() / "data" / "alfred.pddl").read_text(encoding="utf-8")
+    text = upstream().domain
     text = text.replace(";(receptacleType ?r SinkType)", "(receptacleType ?r SinkType)")
     return re.sub(r"\n\s*\)\s*$", "\n)\n", text)
 
@@ -53,7 +33,7 @@ def domain_pddl() -> str:
 @lru_cache(maxsize=1)
 def _grammar_template() -> str:
     """The published grammar: the task sentence brings its own full stop and the help text is a literal."""
-    text = (alfworld_files() / "data" / "alfred.twl2").read_text(encoding="utf-8")
+    text = upstream().grammar
 
     def literal(match: re.Match[str]) -> str:
         return f'feedback :: "{json.loads(match.group(1))["help.feedback"][0]["rhs"]}";'

@@ -1,47 +1,44 @@
 """ALFWorld as a Gymnasium environment.
 
-- ``ALFWorldEnv``: text observations and commands; ``tasks``, ``snapshot``, ``restore`` and ``expert`` beside the usual.
-- ``ALFWorldSnapshot``: a point of an episode; small, picklable, restorable in any process.
+- ``ALFWorldEnv``: household tasks; an observation is a text, an action a command.
+- ``Point``: where an episode is, as its snapshots keep it.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium
-from gymnasium.error import ResetNeeded
 
-from ...errors import MissingDependencyError, UsageError, nearest
-from ..text import TextSpace
-from .games import SPLITS, TASK_TYPES, Game, Playable, check_split, open_index, task_type, unknown_task
+from ...errors import EnvironmentFailedError, MissingDependencyError, UsageError, nearest
+from ..world import Info, Turn, World
+from .games import SPLITS, TASK_TYPES, Game, Playable, open_index, task_type
+from .native import State, native, unsupported
 
 BANNER = "-= Welcome to TextWorld, ALFRED! =-\n\n"
 NOTHING = "Nothing happens."
 ENGINES = ("native", "textworld")
 EXPERTS = ("oracle", "explorer")
-Info = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class ALFWorldSnapshot:
-    """A point of an episode: the game and the commands that lead there."""
+class Point:
+    """Where an episode is."""
 
-    split: str
-    task: str
-    digest: str
-    """``Game.digest``, so that a snapshot is never restored in another game of the same name."""
     commands: tuple[str, ...]
-    """The admissible commands so far; those that did nothing only show in ``turn``."""
-    turn: int
-    observation: str
-    invalid: bool
+    """The admissible commands so far; those that did nothing only show in the turn."""
+    state: State | None
+    """Of the native engine; the other one plays ``commands`` again."""
+    seen: frozenset[str]
+    left: int
+    start_distance: int
 
 
-class ALFWorldEnv(gymnasium.Env[str, str]):
+class ALFWorldEnv(World):
     """Household tasks in text (Shridhar et al. 2021), under ALFWorld's domain and TextWorld's grammar of it.
 
     An observation is TextWorld's text without its banner; the first one ends with the task. An action is a command;
@@ -49,12 +46,11 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
     the turn that reaches the goal and 0 before, less ``invalid_penalty`` where a command was not admissible. Episodes
     are truncated after ``max_turns`` turns.
 
-    ``info``: ``task`` (id), ``split``, ``goal`` (the task as a sentence), ``won``, ``score`` (0.0 or 1.0),
-    ``admissible`` (sorted commands), ``turn``, ``invalid`` (the last action was not admissible), and with
-    ``expert_info`` the expert's next action as ``expert`` (None when the episode is over).
+    ``info`` is that of every ``World``, with ``admissible``; ``goal`` is the task as a sentence.
     """
 
-    metadata = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012
+    splits = SPLITS
+    has_expert = True
 
     def __init__(
         self,
@@ -102,37 +98,30 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             UsageError: an argument is none of these, or there is no such data.
             MissingDependencyError: the ``alfworld`` extra is not installed.
         """
-        check_split(split)
+        super().__init__(
+            split,
+            max_turns=max_turns,
+            max_action=256,
+            expert_info=expert_info,
+            render_mode=render_mode,
+        )
         task_types = (task_types,) if isinstance(task_types, str) else task_types
         for kind in task_types or ():
             if kind not in TASK_TYPES:
                 raise UsageError(f"unknown task type {kind!r}{nearest(kind, TASK_TYPES)}")
-        if max_turns < 1:
-            raise UsageError(f"max_turns must be at least 1, got {max_turns}")
         if engine not in ENGINES:
             raise UsageError(f"unknown ALFWorld engine {engine!r}{nearest(engine, ENGINES)}")
         if expert not in EXPERTS:
             raise UsageError(f"unknown ALFWorld expert {expert!r}{nearest(expert, EXPERTS)}")
-        if render_mode is not None and render_mode not in self.metadata["render_modes"]:
-            raise UsageError(
-                f"unknown render mode {render_mode!r}{nearest(render_mode, self.metadata['render_modes'])}"
-            )
         if engine == "textworld":
             require_engine()
         self._engine = engine
-        self.split = split
-        self.max_turns = max_turns
         self.reward_scale = reward_scale
         self.invalid_penalty = invalid_penalty
         self.progress_reward = progress_reward
-        self.render_mode = render_mode
-        self.observation_space = TextSpace(max_length=1 << 14)
-        self.action_space = TextSpace(max_length=256)
         self._expert_kind = expert
-        self._expert_info = expert_info
         self._types = frozenset(task_types or TASK_TYPES)
         self._index = open_index(source, data, num_games=num_games, game_seed=game_seed)
-        self._tasks: dict[str, tuple[str, ...]] = {}
         if not self.tasks():
             raise UsageError(f"split {split!r} has no task of type {', '.join(sorted(self._types))}")
         self._game: Game | None = None
@@ -142,9 +131,6 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
         self._commands: tuple[str, ...] = ()
         self._seen: frozenset[str] = frozenset()
         """What the commands so far have made known; kept for the explorer only."""
-        self._turn = 0
-        self._invalid = False
-        self._observation = ""
         self._left = self._start_distance = 0
         """Commands that the oracle needs from here; kept for ``progress_reward`` only."""
 
@@ -154,139 +140,81 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
         return lexicon()
 
-    def tasks(self, split: str | None = None) -> tuple[str, ...]:
-        """Return the task ids of ``split`` (by default the environment's) in sorted order."""
-        split = self.split if split is None else split
-        if split not in self._tasks:
-            self._tasks[split] = tuple(task for task in self._index.tasks(split) if task_type(task) in self._types)
-        return self._tasks[split]
+    def _list(self, split: str) -> Iterable[str]:
+        if split not in self._index.splits:
+            return ()
+        return (task for task in self._index.tasks(split) if task_type(task) in self._types)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, Info]:
-        """Start an episode.
-
-        Args:
-            seed: seeds the generator that draws tasks.
-            options: ``{"task": id}`` chooses the task, from the environment's split or else from another one.
-
-        Raises:
-            UsageError: an unknown option or task.
-        """
-        super().reset(seed=seed)
-        options = options or {}
-        for name in options:
-            if name != "task":
-                raise UsageError(f"unknown reset option {name!r}{nearest(name, ['task'])}")
-        task = options.get("task")
-        if task is None:
-            tasks = self.tasks()
-            self._start(self.split, tasks[int(self.np_random.integers(len(tasks)))])
-        else:
-            self._start(self._split_of(task), task)
-        if self.render_mode == "human":
-            self.render()
-        return self._observation, self._info()
-
-    def step(self, action: str) -> tuple[str, float, bool, bool, Info]:
-        """Play one command.
-
-        Raises:
-            ResetNeeded: no episode is running.
-        """
-        self._started()
-        if self._over:
-            raise ResetNeeded("the episode is over; call reset()")
-        move = self._playable.step(self._point, command := action.strip())
-        self._turn += 1
-        self._invalid = move is None
-        if move is None:
-            self._observation = NOTHING
-        else:
-            self._point, self._observation = move
-            self._remember(command)
-        if self.render_mode == "human":
-            print(f"> {command}")
-            self.render()
-        won = self._point.won
-        truncated = not won and self._turn >= self.max_turns
-        reward = self.reward_scale * won - self.invalid_penalty * self._invalid
-        if self.progress_reward and move is not None:
-            left = self._distance()
-            reward += self.progress_reward * (self._left - left) / self._start_distance
-            self._left = left
-        return self._observation, reward, won, truncated, self._info()
-
-    def snapshot(self) -> ALFWorldSnapshot:
-        """Return the current point of the episode."""
-        game = self._started()
-        return ALFWorldSnapshot(
-            split=game.split,
-            task=game.id,
-            digest=game.digest,
-            commands=self._commands,
-            turn=self._turn,
-            observation=self._observation,
-            invalid=self._invalid,
-        )
-
-    def restore(self, snapshot: ALFWorldSnapshot) -> tuple[str, Info]:
-        """Continue from ``snapshot``, taken by any environment with the same source; return what it had returned.
-
-        Where the game was played in this process before, its states are known and this takes microseconds.
-
-        Raises:
-            UsageError: the game of that name is another one here.
-        """
-        self._start(snapshot.split, snapshot.task)
-        if self._started().digest != snapshot.digest:
-            raise UsageError(
-                f"the snapshot is of another game called {snapshot.task!r}; open the source that it came from"
-            )
-        for command in snapshot.commands:
-            move = self._playable.step(self._point, command)
-            if move is None:
-                raise UsageError(f"the snapshot does not replay: {command!r} is not admissible")
-            self._point = move[0]
-            self._remember(command)
-        if self.progress_reward:
-            self._left = self._distance()
-        self._turn = snapshot.turn
-        self._observation, self._invalid = snapshot.observation, snapshot.invalid
-        return self._observation, self._info()
-
-    def expert(self) -> Iterator[str]:
-        """Yield the expert's next action from whatever state the environment is in, until the episode is over.
-
-        The ``oracle`` is the game's walkthrough while the episode has followed it, else a plan on the true facts.
-        The ``explorer`` knows what the episode has shown, and searches.
-        """
-        self._started()
-        while (action := self._expert_action()) is not None:
-            yield action
-
-    def render(self) -> str | None:  # type: ignore[override]
-        """Return the last observation (``"ansi"``) or print it (``"human"``)."""
-        if self.render_mode == "human":
-            print(self._observation, flush=True)
-            return None
-        return self._observation if self.render_mode == "ansi" else None
-
-    def _start(self, split: str, task: str) -> None:
-        if self._game is None or (self._game.split, self._game.id) != (split, task):
-            game = self._index.load(split, task)
-            self._playable = self._load(game)
-            self._game = game
+    def _begin(self, split: str, task: str) -> str:
+        self._enter(split, task)
         self._point = self._playable.root
-        self._commands, self._turn, self._invalid, self._seen = (), 0, False, frozenset()
-        self._observation = self._playable.intro.removeprefix(BANNER)
+        self._commands, self._seen = (), frozenset()
         if self.progress_reward:
             self._left = self._distance()
             self._start_distance = max(1, self._left)
+        return self._playable.intro.removeprefix(BANNER)
 
-    def _load(self, game: Game) -> Playable[Any]:
+    def _act(self, action: str) -> Turn:
+        move = self._playable.step(self._point, command := action.strip())
+        if move is None:
+            return Turn(NOTHING, -self.invalid_penalty, invalid=True)
+        self._point, observation = move
+        self._remember(command)
+        won = self._point.won
+        reward = self.reward_scale * won
+        if self.progress_reward:
+            left = self._distance()
+            reward += self.progress_reward * (self._left - left) / self._start_distance
+            self._left = left
+        return Turn(observation, reward, over=won)
+
+    def _report(self) -> Info:
+        game = self._played()
+        return {"goal": game.task, "won": self._point.won, "score": float(self._point.won)}
+
+    def _admissible(self) -> Sequence[str]:
+        return self._playable.admissible(self._point)
+
+    def _identity(self, split: str, task: str) -> str:
+        return self._game_of(split, task).digest
+
+    def _save(self) -> Point:
+        state = self._point if isinstance(self._point, State) else None
+        return Point(self._commands, state, self._seen, self._left, self._start_distance)
+
+    def _load(self, split: str, task: str, state: Point) -> None:
+        self._enter(split, task)
+        if state.state is not None and isinstance(self._playable.root, State):
+            self._point = state.state
+        else:
+            self._point = self._playable.root
+            for command in state.commands:
+                move = self._playable.step(self._point, command)
+                if move is None:
+                    raise EnvironmentFailedError(f"{task!r} does not play again: {command!r} is not admissible")
+                self._point = move[0]
+        self._commands, self._seen = state.commands, state.seen
+        self._left, self._start_distance = state.left, state.start_distance
+
+    def _game_of(self, split: str, task: str) -> Game:
+        """Return the game, which the environment keeps at hand."""
+        if self._game is None or (self._game.split, self._game.id) != (split, task):
+            return self._index.load(split, task)
+        return self._game
+
+    def _enter(self, split: str, task: str) -> None:
+        game = self._game_of(split, task)
+        if game is not self._game:
+            self._playable = self._engine_for(game)
+            self._game = game
+
+    def _played(self) -> Game:
+        assert self._game is not None
+        return self._game
+
+    def _engine_for(self, game: Game) -> Playable[Any]:
         """Return ``game`` on the engine that plays it."""
         if self._engine == "native":
-            from .native import native, unsupported
-
             why = unsupported(game)
             if why is None:
                 return native(game)
@@ -302,7 +230,7 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
 
         if self._point.won:
             return 0
-        return len(plan(goal_of(self._started()), self._playable.facts(self._point), self._playable.names))
+        return len(plan(goal_of(self._played()), self._playable.facts(self._point), self._playable.names))
 
     def _remember(self, command: str) -> None:
         """Note that ``command`` has led to the current state."""
@@ -314,44 +242,8 @@ class ALFWorldEnv(gymnasium.Env[str, str]):
             if shown is not None:
                 self._seen |= {shown}
 
-    def _split_of(self, task: str) -> str:
-        """Return the split that holds ``task``, looking into the environment's own first."""
-        if task not in self.tasks():
-            for split in SPLITS:
-                if split != self.split and split in self._index.splits and task in self.tasks(split):
-                    return split
-            raise unknown_task(task, self.split, self.tasks())
-        return self.split
-
-    def _started(self) -> Game:
-        if self._game is None:
-            raise ResetNeeded("call reset() before anything else")
-        return self._game
-
-    @property
-    def _over(self) -> bool:
-        return self._point.won or self._turn >= self.max_turns
-
-    def _info(self) -> Info:
-        game = self._started()
-        info: Info = {
-            "task": game.id,
-            "split": game.split,
-            "goal": game.task,
-            "won": self._point.won,
-            "score": float(self._point.won),
-            "admissible": list(self._playable.admissible(self._point)),
-            "turn": self._turn,
-            "invalid": self._invalid,
-        }
-        if self._expert_info:
-            info["expert"] = self._expert_action()
-        return info
-
     def _expert_action(self) -> str | None:
-        if self._over:
-            return None
-        game, playable = self._started(), self._playable
+        game, playable = self._played(), self._playable
         admissible = playable.admissible(self._point)
         if self._expert_kind == "explorer":
             from .explorer import explorer_action

@@ -9,7 +9,6 @@
 - ``goal_template``: a grammar without its task sentence.
 - ``check_split``: a split's name, or an error that names the nearest.
 - ``task_type``: the type part of a task id.
-- ``cache_folder``: where everything that can be recomputed is kept between processes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from ...errors import UsageError, nearest
@@ -196,14 +194,6 @@ def goal_template(grammar: str, task: str) -> str:
 def task_type(task_id: str) -> str:
     """Return the task type that a task id starts with."""
     return task_id.split("-", 1)[0]
-
-
-def cache_folder() -> Path:
-    """Return ``$AGENTROPY_CACHE``, or ``agentropy`` in the user's cache folder; it may not exist yet."""
-    override = os.environ.get("AGENTROPY_CACHE")
-    if override:
-        return Path(override)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentropy"
 
 
 def _close(task_id: str, tasks: tuple[str, ...]) -> str:

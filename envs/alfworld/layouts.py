@@ -6,24 +6,19 @@
 - ``HELD_OUT``: the rooms that only ``valid_unseen`` uses.
 - ``OPENABLE``: the receptacle types of which some can be opened.
 
-The wheel's files give receptacles with the agent's pose in front of them. Receptacles that the published games have on
+ALFWorld's files give receptacles with the agent's pose in front of them. Receptacles that the published games have on
 top of these (burners, bins, hangers, some drawers) stand in the poses of their siblings, or in free cells of their own.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Final
 
-import numpy as np
-
-from .domain import alfworld_files
 from .published import MORE_RECEPTACLES, STANDARD
+from .upstream import upstream
 
 KINDS: Final[dict[str, range]] = {
     "kitchen": range(1, 31),
@@ -87,16 +82,12 @@ class Rules:
 
 @lru_cache(maxsize=1)
 def rules() -> Rules:
-    """Read ``alfworld/gen/constants.py`` by path, so that nothing else of ALFWorld is imported."""
-    path = alfworld_files() / "gen" / "constants.py"
-    spec = importlib.util.spec_from_file_location("_alfworld_constants", path)
-    assert spec is not None and spec.loader is not None
-    constants = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(constants)
-    properties = {name.lower(): frozenset(types) for name, types in constants.VAL_ACTION_OBJECTS.items()}
-    properties["isReceptacleObject"] = frozenset(constants.MOVABLE_RECEPTACLES)
-    holds = {name: frozenset(types) for name, types in constants.VAL_RECEPTACLE_OBJECTS.items()}
-    return Rules(holds, properties, frozenset(constants.OBJECTS_WSLICED))
+    """Return the constants of ALFWorld's package."""
+    constants = upstream().constants
+    properties = {name.lower(): frozenset(types) for name, types in constants["VAL_ACTION_OBJECTS"].items()}
+    properties["isReceptacleObject"] = frozenset(constants["MOVABLE_RECEPTACLES"])
+    holds = {name: frozenset(types) for name, types in constants["VAL_RECEPTACLE_OBJECTS"].items()}
+    return Rules(holds, properties, frozenset(constants["OBJECTS_WSLICED"]))
 
 
 @lru_cache(maxsize=2)
@@ -111,15 +102,14 @@ def rooms(unseen: bool) -> dict[str, tuple[Room, ...]]:
 @cache
 def room(number: int) -> Room:
     """Return a floor plan by its number (1-30 kitchens, 201-230 living rooms, 301-330 bedrooms, 401-430 bathrooms)."""
-    folder = alfworld_files() / "gen" / "layouts"
-    poses: dict[str, list[float]] = json.loads((folder / f"FloorPlan{number}-openable.json").read_text())
-    objects = set(json.loads((folder / f"FloorPlan{number}-objects.json").read_text()))
+    plan = upstream().floor_plans[number]
+    objects = set(plan.objects)
     placed = [
         Receptacle(mangle(name), kind, _location(*pose), kind in OPENABLE)
-        for name, pose in sorted(poses.items())
+        for name, pose in sorted(plan.poses.items())
         for kind in [_type(name)]
     ]
-    cells = _free_cells(folder / f"FloorPlan{number}-layout.npy")
+    cells = [(x, z) for x, z in plan.cells]
     placed += _more(number, objects, placed, cells)
     taken = {receptacle.location for receptacle in placed}
     starts = tuple(start for x, z in cells if (start := _location(x, z, 0, 30)) not in taken)
@@ -147,15 +137,10 @@ def _location(x: float, z: float, rotation: float, horizon: float) -> str:
     return mangle(f"loc|{round(x / _CELL)}|{round(z / _CELL)}|{round(rotation / 90)}|{round(horizon)}")
 
 
-def _free_cells(path: Path) -> list[tuple[float, float]]:
-    """The cells that an agent can stand on, sorted."""
-    return sorted({(float(x), float(z)) for x, z in np.load(path)})
-
-
 def _more(
     number: int, objects: set[str], placed: list[Receptacle], cells: list[tuple[float, float]]
 ) -> list[Receptacle]:
-    """The receptacles that the wheel's poses lack; they do not open, as in the published games."""
+    """The receptacles that ALFWorld's poses lack; they do not open, as in the published games."""
     have = Counter(receptacle.type for receptacle in placed)
     missing = Counter({kind: count for kind, count in STANDARD.items() if kind in objects and not have[kind]})
     missing.update(MORE_RECEPTACLES.get(number, {}))
@@ -167,7 +152,7 @@ def _more(
             x, z = cells[(37 * (len(added) // 2) + 11) % len(cells)]
             location = siblings[index % len(siblings)] if siblings else _location(x, z, len(added) // 2 % 4, 45)
             place = f"{x:+06.2f}|{0.5 + 0.01 * len(added):+06.2f}|{z:+06.2f}"
-            # A basin is named after what it belongs to, as in the wheel's files: its text says the type once.
+            # A basin is named after what it belongs to, as in ALFWorld's files: its text says the type once.
             name = mangle(
                 f"{kind.removesuffix('Basin')}|{place}|{kind}" if kind.endswith("Basin") else f"{kind}|{place}"
             )

@@ -16,7 +16,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
-from typing import Final
+from typing import Any, Final
 
 from .domain import display_names
 from .expert import Fact, Goal, Problem, goal_of, parse_problem
@@ -73,6 +73,10 @@ class State:
         self._menu: Menu | None = None
         self._commands: tuple[str, ...] | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what is so, not what was worked out from it."""
+        return _state, (self.at, self.held, self.inside, self.lying, self.gone, self.traits, self.won)
+
     def but(
         self,
         *,
@@ -92,6 +96,13 @@ class State:
             self.gone if gone is None else gone,
             self.traits if traits is None else traits,
         )
+
+
+def _state(*parts: Any) -> State:
+    *things, won = parts
+    state = State(*things)
+    state.won = won
+    return state
 
 
 class NativeGame:

@@ -25,8 +25,9 @@ from pathlib import Path
 import fast_downward
 
 from ...errors import EnvironmentFailedError
+from ..cache import cache_folder
 from .facts import Fact
-from .games import Game, cache_folder
+from .games import Game
 from .grammar import Types
 
 _FORMAT = 1

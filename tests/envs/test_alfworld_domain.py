@@ -1,16 +1,13 @@
-"""The domain, grammar and names are those of the published games, though ``alfworld`` is never imported."""
+"""The domain, grammar and names are those of the published games, and need no package of ALFWorld's."""
 
 import subprocess
 import sys
 
 import pytest
 
-pytest.importorskip("alfworld")
-
-from agentropy.envs.alfworld import domain
+from agentropy.envs.alfworld import domain, upstream
 from agentropy.envs.alfworld.expert import parse_problem
 from agentropy.envs.alfworld.games import open_index
-from agentropy.errors import MissingDependencyError
 
 
 def test_the_domain_is_the_published_one(shared_data):
@@ -40,13 +37,20 @@ def test_nothing_of_alfworld_or_textworld_is_imported():
     assert done.stdout.strip() == "[]"
 
 
-def test_without_alfworld_the_error_says_what_to_install(monkeypatch):
-    domain.alfworld_files.cache_clear()
-    monkeypatch.setattr(domain.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"pip install .agentropy\[alfworld\]"):
-        domain.alfworld_files()
-    monkeypatch.undo()
-    assert domain.alfworld_files().is_dir()
+def test_what_ships_is_what_alfworlds_package_holds():
+    pytest.importorskip("alfworld")
+    assert upstream.upstream() == upstream.read_package()
+    assert "MIT License" in upstream.upstream().licence
+
+
+def test_a_generated_game_is_played_without_alfworlds_packages():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('alfworld', 'textworld', 'fast_downward')));"
+        "import gymnasium, agentropy.envs; env = gymnasium.make('agentropy/ALFWorld-v0').unwrapped;"
+        "env.reset(seed=0); print([env.step(action) for action in env.expert()][-1][2])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True"
 
 
 class Variable:
@@ -57,6 +61,7 @@ class Variable:
 
 
 def test_names_are_those_that_alfworld_gives(shared_data):
+    pytest.importorskip("alfworld")
     from alfworld.agents.utils.misc import Demangler
 
     index = open_index("pack", shared_data / "alfworld")

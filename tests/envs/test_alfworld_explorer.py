@@ -304,9 +304,9 @@ def test_a_new_episode_has_seen_nothing():
     env = ALFWorldEnv("train", expert="explorer")
     task = games(1)[0].id
     assert won(env, task)
-    first = env.snapshot().commands
+    first = env.snapshot().state.commands
     assert won(env, task)
-    assert env.snapshot().commands == first
+    assert env.snapshot().state.commands == first
 
 
 def test_an_unknown_expert_is_named():

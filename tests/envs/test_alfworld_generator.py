@@ -10,8 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-pytest.importorskip("alfworld")
-
 from agentropy.envs.alfworld.expert import parse_problem
 from agentropy.envs.alfworld.games import SPLITS, TASK_TYPES, open_index
 from agentropy.envs.alfworld.generator import GeneratedGames

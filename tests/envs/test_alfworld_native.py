@@ -126,7 +126,7 @@ def test_a_game_of_another_grammar_is_played_by_textworld_with_a_warning(monkeyp
         _, info = env.reset(options={"task": task})
     action = next(command for command in info["admissible"] if command.startswith("go to"))
     assert env.step(action)[0].startswith("You come to")
-    assert env.snapshot().digest == other.digest
+    assert env.snapshot().identity == other.digest
     assert env._playable is ground(other)
 
 
