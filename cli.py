@@ -26,7 +26,7 @@ FLAGS = {
     "preset": ("algorithm.preset", "named defaults of the recipe, such as paper"),
     "steps": ("train.steps", "steps of reinforcement learning"),
     "seed": ("seed", "seed of every random choice"),
-    "env": ("env.id", "Gymnasium id of the world"),
+    "env": ("env.id", "world: alfworld, scienceworld, textworld, search, tools, bfcl, or any Gymnasium id"),
     "source": ("env.kwargs.source", "where ALFWorld's games come from: generated, dataset or pack"),
     "data": ("env.kwargs.data", "folder or file of the dataset or pack"),
     "model": ("model.path", "pretrained model, by local path or hub name; a small new one when left out"),
@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
 
     play = commands.add_parser("play", help="play a world in the terminal, or watch an agent", allow_abbrev=False)
     play.add_argument("--agent", default="human", help="human, expert, random, or a checkpoint")
-    play.add_argument("--split", default="valid_unseen")
+    play.add_argument("--split", help="split of the task; the world's held-out one when left out")
     play.add_argument("--task", help="task id; a random one of the split when left out")
     _configuration(play, only=("env", "source", "data", "device", "seed"))
     play.set_defaults(run=_play)
@@ -232,7 +232,7 @@ def _play(arguments: argparse.Namespace) -> int:
         config, path = _resolve(arguments), None
     else:
         config, path = _agent_config(arguments, arguments.agent)
-    return play(config, arguments.agent, arguments.split, arguments.task, checkpoint=path)
+    return play(config, arguments.agent, arguments.split or config.env.eval_split, arguments.task, checkpoint=path)
 
 
 def _recipes(arguments: argparse.Namespace) -> int:

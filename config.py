@@ -1,6 +1,7 @@
 """Every option of a run, as one typed schema.
 
 - ``RunConfig``: the whole configuration; ``EnvConfig``, ``ModelConfig``, … are its sections.
+- ``WORLD_DEFAULTS``: what of it depends on the world.
 - ``load_config``: TOML file, then ``section.key=value`` overrides, then defaults; unknown keys are errors.
 - ``to_toml``: the resolved configuration as text that ``load_config`` reads back.
 
@@ -18,8 +19,41 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import UsageError, nearest
+from .registry import ENV_IDS
 
 ALFWORLD = "agentropy/ALFWorld-v0"
+WORLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    ALFWORLD: {
+        "env": {
+            "train_kwargs": {"max_turns": 30, "invalid_penalty": 0.05, "progress_reward": 2.0, "reward_scale": 0.5}
+        },
+        "sft": {"expert": {"expert": "explorer"}},
+    },
+    "agentropy/ScienceWorld-v0": {
+        "env": {"eval_split": "dev"},
+        "agent": {"max_action_tokens": 24},
+    },
+    "agentropy/TextWorld-v0": {
+        "env": {"eval_split": "test"},
+        "agent": {"max_action_tokens": 24},
+        "sft": {"noise": 0.1},
+    },
+    "agentropy/Search-v0": {
+        "env": {"eval_split": "test"},
+        "agent": {"max_action_tokens": 64},
+    },
+    "agentropy/Tools-v0": {
+        "env": {"eval_split": "test"},
+        "agent": {"max_action_tokens": 128},
+    },
+    "agentropy/BFCL-v0": {
+        "env": {"eval_split": "test"},
+        "agent": {"max_action_tokens": 128},
+    },
+}
+"""Defaults of a run that depend on its world; what a user says of an option takes their place."""
+ELSEWHERE: dict[str, Any] = {"sft": {"noise": 0.0, "slips": 0.0}}
+"""Below those of every world but ALFWorld: few experts find back to their path after a mistake."""
 
 
 class Section(BaseModel):
@@ -30,15 +64,18 @@ class Section(BaseModel):
 
 class EnvConfig(Section):
     id: str = ALFWORLD
-    """Gymnasium id of the world."""
+    """Gymnasium id of the world; the name alone, such as ``scienceworld``, will do for those of this package."""
     kwargs: dict[str, Any] = {}
     """Arguments of the world's constructor besides ``split``, such as ``source`` and ``data``."""
     train_split: str = "train"
     eval_split: str = "valid_unseen"
-    train_kwargs: dict[str, Any] | None = None
-    """Arguments of the world's constructor for training rollouts, on top of ``kwargs``. Unset, ALFWorld's episodes
+    train_kwargs: dict[str, Any] = {}
+    """Arguments of the world's constructor for training rollouts, on top of ``kwargs``. By default ALFWorld's episodes
     are cut after 30 turns, an invalid command costs 0.05, and what brings the goal nearer is paid: 2 in all, and 0.5
-    for reaching it. Other worlds get none. Held-out episodes are judged by success alone."""
+    for reaching it. Held-out episodes are judged by success alone."""
+    wrappers: list[str | dict[str, Any]] = []
+    """Wrappers of ``agentropy.envs.wrappers`` around the world, the innermost first: a name, or a table with the
+    wrapper's ``name`` and options."""
     train_tasks: int | None = Field(None, ge=1)
     """Train on this many tasks of the split, evenly spaced over its sorted ids; all of them when unset."""
     workers: int | None = Field(None, ge=1)
@@ -54,6 +91,8 @@ class SmallModelConfig(Section):
     heads: int = Field(4, ge=1)
     intermediate: int = Field(384, ge=8)
     max_positions: int = Field(2048, ge=64)
+    vocabulary: int = Field(2048, ge=320)
+    """Tokens of the subword vocabulary, for worlds that cannot list their words."""
 
 
 class PretrainedModelConfig(Section):
@@ -90,9 +129,9 @@ class SftConfig(Section):
     tasks: int = Field(1600, ge=0)
     """Training tasks that the expert plays; 0 switches the warm start off."""
     episodes_per_task: int = Field(1, ge=1)
-    expert: dict[str, Any] | None = None
-    """Arguments of the world's constructor for expert play, on top of ``env.kwargs``. Unset, ALFWorld's expert is the
-    explorer; other worlds get none."""
+    expert: dict[str, Any] = {}
+    """Arguments of the world's constructor for expert play, on top of ``env.kwargs``. By default ALFWorld's expert is
+    the explorer."""
     noise: float = Field(0.15, ge=0, lt=1)
     """Share of turns in which a random admissible command is played instead; those are never imitated."""
     slips: float = Field(0.15, ge=0, lt=1)
@@ -169,22 +208,43 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _defaults_of_the_world(cls, data: Any) -> Any:
+        """Fill in what suits the world and the user has not said."""
+        if not isinstance(data, dict):
+            return data
+        env = data.get("env") or {}
+        if not isinstance(env, dict):
+            return data
+        world = _full_id(str(env.get("id", ALFWORLD)))
+        below = _merged({} if world == ALFWORLD else ELSEWHERE, WORLD_DEFAULTS.get(world, {}))
+        return _merged(below, {**data, "env": {**env, "id": world}})
+
+    @model_validator(mode="before")
+    @classmethod
     def _default_model_type(cls, data: Any) -> Any:
         """``[model]`` without a type is pretrained when it names a path, else small."""
         if isinstance(data, dict) and isinstance(model := data.get("model"), dict) and "type" not in model:
             data = data | {"model": {"type": "pretrained" if "path" in model else "small", **model}}
         return data
 
-    @model_validator(mode="after")
-    def _defaults_of_the_world(self) -> RunConfig:
-        """What suits ALFWorld is no argument of other worlds."""
-        alfworld = self.env.id == ALFWORLD
-        if self.env.train_kwargs is None:
-            dense = {"max_turns": 30, "invalid_penalty": 0.05, "progress_reward": 2.0, "reward_scale": 0.5}
-            self.env.train_kwargs = dense if alfworld else {}
-        if self.sft.expert is None:
-            self.sft.expert = {"expert": "explorer"} if alfworld else {}
-        return self
+
+def _full_id(name: str) -> str:
+    """The Gymnasium id of a world of this package that is named without its namespace and version, in any case."""
+    short = {id.partition("/")[2].rpartition("-v")[0].lower(): id for id in ENV_IDS}
+    return short.get(name.lower(), name)
+
+
+# Tables that a user gives as a whole: their keys are not options of ours.
+_WHOLE = frozenset({"kwargs", "train_kwargs", "expert", "format_options", "overrides"})
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """``above`` with the keys of ``below`` that it lacks, in sections too."""
+    merged = {**below, **above}
+    for key in below.keys() & above.keys():
+        if isinstance(below[key], dict) and isinstance(above[key], dict) and key not in _WHOLE:
+            merged[key] = _merged(below[key], above[key])
+    return merged
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:

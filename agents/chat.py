@@ -14,7 +14,7 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
-from .messages import History, Info, ParsedAction, admissible
+from .messages import NO_INFO, History, Info, ParsedAction, admissible
 
 SYSTEM = "You act in a text world to complete a task. Each user message is what you observe."
 ANSWER = "Answer with one command and nothing else."
@@ -23,6 +23,7 @@ ANSWER_THINK = (
     "then give one command inside <action> </action>, and nothing after it."
 )
 
+_MARKS = ("first-observation", "first-action", "second-observation")
 _ACTION = re.compile(r"<action>(.*?)</action>", re.DOTALL)
 _TAG = re.compile(r"</?(?:think|action)>")
 
@@ -33,11 +34,12 @@ class ChatFormat:
     A dummy conversation goes through the template when the object is made; what stands between its messages
     is what every later message is wrapped in. The text after the end token of an assistant turn belongs to
     the observation that follows. Special tokens inside observations are broken up, so that a world cannot
-    close a turn.
+    close a turn. In worlds of ``free_text`` the whole message is the action, and its form is the world's business.
 
     Args:
         tokenizer: its chat template must end an assistant turn with a special token (ChatML, Llama 3, …).
-        system: the system prompt; folded into the first user turn where the template has no system role.
+        system: the system prompt; folded into the first user turn where the template has no system role. ``info``'s
+            ``instructions`` follow it, where the world has some.
         think: ask for ``<think>…</think><action>…</action>``, as verl-agent does, not for the bare command.
         show_admissible: list the admissible commands after every observation.
 
@@ -63,17 +65,12 @@ class ChatFormat:
         special.update(tokenizer.all_special_tokens)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)))
 
-        first, action, second = "first-observation", "first-action", "second-observation"
-        opening = [{"role": "user", "content": first}]
-        instruction = f"{system}\n{ANSWER_THINK if think else ANSWER}"
-        try:
-            opening = [{"role": "system", "content": instruction}, *opening]
-            start = self._render(opening)
-        except TemplateError:
-            opening = [{"role": "user", "content": f"{instruction}\n\n{first}"}]
-            start = self._render(opening)
+        self._system = system
+        first, action, second = _MARKS
+        opening = self._opening({})
+        start = self._render(opening)
         whole = self._render([*opening, {"role": "assistant", "content": action}, {"role": "user", "content": second}])
-        self._before, self._after = start.split(first)
+        self._after = start.split(first)[1]
         between, self._suffix = whole.split(action)[1].split(second)
         end = self._special.search(between)
         if end is None or between[: end.start()].strip():
@@ -83,9 +80,14 @@ class ChatFormat:
         others: set[int] = {tokenizer.eos_token_id} - {None, self._end}
         self.stop_token_ids: tuple[int, ...] = (self._end, *others)
         self._encode = lru_cache(maxsize=1 << 14)(self._tokenise)
+        self._before: dict[str, str] = {}
+        """What stands before the first observation, by instruction."""
 
     def prompt(self, observation: str, info: Info) -> list[int]:
-        return list(self._encode(self._before, self._user(observation, info), self._after))
+        before = self._before.get(key := self._instruction(info))
+        if before is None:
+            before = self._before[key] = self._render(self._opening(info)).split(_MARKS[0])[0]
+        return list(self._encode(before, self._user(observation, info), self._after))
 
     def observation(self, text: str, info: Info, *, closed: bool = True) -> list[int]:
         before = self._between if closed else self._end_text + self._between
@@ -100,14 +102,16 @@ class ChatFormat:
         lines.append(f"Observation: {observation.strip()}")
         return self.prompt("\n".join(lines), info)
 
-    def render_action(self, command: str) -> list[int]:
-        text = f"<action>{command}</action>" if self._think else command
+    def render_action(self, command: str, info: Info = NO_INFO) -> list[int]:
+        text = f"<action>{command}</action>" if self._think and not info.get("free_text") else command
         return [*self._encode("", text, ""), self._end]
 
-    def parse(self, token_ids: Sequence[int]) -> ParsedAction:
+    def parse(self, token_ids: Sequence[int], info: Info = NO_INFO) -> ParsedAction:
         ids = [int(token) for token in token_ids]
         closed = bool(ids) and ids[-1] == self._end
         text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        if info.get("free_text"):
+            return ParsedAction(text.strip(), bool(text.strip()), closed, text)
         lines = [line for line in _TAG.sub("\n", text).splitlines() if line.strip()]
         if not self._think:
             command = lines[0].strip() if lines else ""
@@ -116,6 +120,24 @@ class ChatFormat:
         command = " ".join(found[-1].split()) if found else ""
         valid = bool(command)
         return ParsedAction(command if valid else (lines[-1].strip() if lines else ""), valid, closed, text)
+
+    def _instruction(self, info: Info) -> str:
+        parts = [self._system]
+        if world := info.get("instructions"):
+            parts.append(world)
+        if not info.get("free_text"):
+            parts.append(ANSWER_THINK if self._think else ANSWER)
+        return "\n".join(parts)
+
+    def _opening(self, info: Info) -> list[dict[str, str]]:
+        """The messages up to the mark of the first observation; a template may have no system role."""
+        instruction = self._instruction(info)
+        messages = [{"role": "system", "content": instruction}, {"role": "user", "content": _MARKS[0]}]
+        try:
+            self._render(messages)
+        except TemplateError:
+            return [{"role": "user", "content": f"{instruction}\n\n{_MARKS[0]}"}]
+        return messages
 
     def _user(self, text: str, info: Info) -> str:
         text = text.strip()

@@ -2,7 +2,7 @@
 
 - ``Format``: the protocol. A call gives only the tokens that a message adds: nothing is tokenised twice.
 - ``ParsedAction``: what a model's tokens say.
-- ``Info``, ``History``: what a format is told beside the observation.
+- ``Info``, ``NO_INFO``, ``History``: what a format is told beside the observation.
 - ``admissible``: the commands that the world lists.
 """
 
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from ..errors import UsageError
 
 Info = Mapping[str, Any]
+NO_INFO: Info = MappingProxyType({})
 History = Sequence[tuple[str, str]]
 """Earlier turns, oldest first: what was observed and the command that answered it."""
 
@@ -58,12 +60,12 @@ class Format(Protocol):
         """Tokens of a conversation rendered anew from its last turns; ``info["goal"]`` is the task."""
         ...
 
-    def render_action(self, command: str) -> list[int]:
-        """Tokens with which a model says ``command``, the end token included."""
+    def render_action(self, command: str, info: Info = NO_INFO) -> list[int]:
+        """Tokens with which a model says ``command`` in answer to a turn with ``info``, the end token included."""
         ...
 
-    def parse(self, token_ids: Sequence[int]) -> ParsedAction:
-        """Read an action out of sampled tokens, whatever they are."""
+    def parse(self, token_ids: Sequence[int], info: Info = NO_INFO) -> ParsedAction:
+        """Read an action out of tokens that were sampled in answer to a turn with ``info``, whatever they are."""
         ...
 
 

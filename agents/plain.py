@@ -1,6 +1,6 @@
 """The format of small models: marker tokens around observations and commands.
 
-- ``PlainFormat``: ``<bos> <obs> text <act> command <end> <obs> text <act> …`` in words.
+- ``PlainFormat``: ``<bos> <obs> text <act> command <end> <obs> text <act> …`` in words or pieces of words.
 - ``FILLER``: the words it leaves out of observations.
 """
 
@@ -13,21 +13,21 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import UsageError
-from .messages import History, Info, ParsedAction, admissible
-from .tokenizer import ACT, BOS, END, OBS, SPECIAL_TOKENS
+from .messages import NO_INFO, History, Info, ParsedAction, admissible
+from .tokenizer import ACT, BOS, END, OBS, SPECIAL_TOKENS, is_subword
 
 FILLER = frozenset({"a", "an", "the", "and", "you", "your", "see", "is", "are", ",", ".", ":", "\n"})
 """Words whose absence leaves an observation unambiguous; about half of ALFWorld's text."""
 
 
 class PlainFormat:
-    """Observations and commands between marker tokens, for the tokenizer of ``build_word_tokenizer``.
+    """Observations and commands between marker tokens, for the tokenizers that are made from a world's text.
 
     Args:
-        tokenizer: must know the markers ``<bos> <obs> <act> <end>`` and the newline.
+        tokenizer: of ``build_word_tokenizer`` or ``build_subword_tokenizer``; it must know the markers.
         remind: end every observation after the first with ``info["goal"]``, where the world says one: it brings the
             goal to the same place before every action, which small models learn from several times faster.
-        compact: leave ``FILLER`` out of observations. Node texts keep it.
+        compact: leave ``FILLER`` out of observations, where tokens are words. Node texts keep it.
         show_admissible: end every observation with the admissible commands, one per line, as verl-agent does.
         hidden: beginnings of commands that are not shown, such as ``("go to ",)``: long lists cost time.
 
@@ -47,14 +47,14 @@ class PlainFormat:
         hidden: Sequence[str] = (),
     ) -> None:
         vocabulary = tokenizer.get_vocab()
-        missing = [word for word in (*SPECIAL_TOKENS, "\n") if word not in vocabulary]
+        missing = [word for word in SPECIAL_TOKENS if word not in vocabulary]
         if missing:
             raise UsageError(
-                f"the plain format needs a tokenizer of build_word_tokenizer, and this one lacks {missing}; "
+                f"the plain format needs a tokenizer made from a world's text, and this one lacks {missing}; "
                 "use the format 'chat' for a pretrained model"
             )
+        subword = is_subword(tokenizer)
         self._bos, self._obs, self._act, self._end = (vocabulary[word] for word in (BOS, OBS, ACT, END))
-        self._newline = vocabulary["\n"]
         self._words = {index: word for word, index in vocabulary.items() if word not in (*SPECIAL_TOKENS, "\n")}
         self._remind = remind
         self._show_admissible = show_admissible
@@ -62,9 +62,11 @@ class PlainFormat:
         self.stop_token_ids = (self._end,)
         backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
         backend.encode_special_tokens = True  # a world that says "<end>" must not end a message
-        dropped = frozenset(vocabulary[word] for word in FILLER if word in vocabulary) if compact else frozenset()
-        self._encode = _cached_encoder(backend, dropped)
+        filler = FILLER if compact and not subword else ()
+        self._encode = _cached_encoder(backend, frozenset(vocabulary[word] for word in filler if word in vocabulary))
         self._encode_command = _cached_encoder(backend, frozenset())
+        self._newline = self._encode_command("\n")
+        self._pieces = backend if subword else None
 
     def prompt(self, observation: str, info: Info) -> list[int]:
         return [self._bos, *self._observed(observation, info)]
@@ -79,16 +81,19 @@ class PlainFormat:
             tokens += [self._obs, *self._encode(seen), self._act, *self.render_action(command)]
         return tokens + self._observed(observation, info)
 
-    def render_action(self, command: str) -> list[int]:
+    def render_action(self, command: str, info: Info = NO_INFO) -> list[int]:
         return [*self._encode_command(command), self._end]
 
-    def parse(self, token_ids: Sequence[int]) -> ParsedAction:
+    def parse(self, token_ids: Sequence[int], info: Info = NO_INFO) -> ParsedAction:
         ids = [int(token) for token in token_ids]
         closed = bool(ids) and ids[-1] == self._end
         body = ids[:-1] if closed else ids
-        words = [self._words[token] for token in body if token in self._words]
-        text = " ".join(words)
-        valid = bool(words) and len(words) == len(body)
+        known = [token for token in body if token in self._words]
+        if self._pieces is None:
+            text = " ".join(self._words[token] for token in known)
+        else:
+            text = str(self._pieces.decode(known)).strip()
+        valid = bool(text) and len(known) == len(body)
         return ParsedAction(text, valid, closed, text)
 
     def _observed(self, text: str, info: Info, goal: str = "") -> list[int]:
@@ -100,7 +105,7 @@ class PlainFormat:
         for command in admissible(info):
             if command.startswith(self._hidden):
                 continue
-            yield self._newline
+            yield from self._newline
             yield from self._encode_command(command)
 
 

@@ -93,13 +93,13 @@ class EnginePolicy:
         return [
             Act(
                 tokens=completion.tokens,
-                parsed=self._format.parse(completion.tokens.tolist()),
+                parsed=self._format.parse(completion.tokens.tolist(), context.info),
                 sampled=True,
                 logprobs=completion.logprobs,
                 entropies=completion.entropies,
                 version=completion.version,
             )
-            for completion in self.engine.generate(requests, self._sampling)
+            for context, completion in zip(contexts, self.engine.generate(requests, self._sampling), strict=True)
         ]
 
     def release(self, finished: Sequence[Int32Array]) -> None:
@@ -142,10 +142,15 @@ class ExpertPolicy:
         generator = np.random.default_rng(context.seed)
         draw = generator.random()
         if draw < self._slips:
-            return _said(self._format, _slip(context, generator), sampled=False)
-        if command is None or draw < self._slips + self._noise:
-            return _said(self._format, _any_admissible(context, generator), sampled=False)
-        return _said(self._format, command, sampled=True)
+            return _said(self._format, context.info, _slip(context, generator), sampled=False)
+        if draw < self._slips + self._noise or (command is None and context.info.get("admissible")):
+            return _said(self._format, context.info, _any_admissible(context, generator), sampled=False)
+        if command is None:
+            raise UsageError(
+                f"the expert of task {context.info.get('task')!r} has no action for turn {context.turn}; "
+                "play it without noise and slips"
+            )
+        return _said(self._format, context.info, command, sampled=True)
 
 
 class RandomPolicy:
@@ -157,7 +162,9 @@ class RandomPolicy:
 
     def act(self, contexts: Sequence[Context]) -> list[Act]:
         return [
-            _said(self._format, _any_admissible(context, np.random.default_rng(context.seed)), sampled=False)
+            _said(
+                self._format, context.info, _any_admissible(context, np.random.default_rng(context.seed)), sampled=False
+            )
             for context in contexts
         ]
 
@@ -181,8 +188,8 @@ def _slip(context: Context, generator: np.random.Generator) -> str:
     return _any_admissible(context, generator)
 
 
-def _said(format: Format, command: str, *, sampled: bool) -> Act:
-    tokens = np.asarray(format.render_action(command), np.int32)
+def _said(format: Format, info: Info, command: str, *, sampled: bool) -> Act:
+    tokens = np.asarray(format.render_action(command, info), np.int32)
     parsed = ParsedAction(command, valid=True, closed=True, text=command)
     if not sampled:
         return Act(tokens, parsed, sampled=False)

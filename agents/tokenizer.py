@@ -1,6 +1,8 @@
-"""A word-level tokenizer made from an environment's own text, for small models trained from random weights.
+"""Tokenizers made from an environment's own text, for small models trained from random weights.
 
-- ``build_word_tokenizer``: the vocabulary and the ``transformers`` tokenizer around it.
+- ``build_word_tokenizer``: whole words, for worlds that can list every word they use.
+- ``build_subword_tokenizer``: pieces of words down to single bytes, for worlds of free text.
+- ``is_subword``: which of the two a tokenizer is.
 - ``PAD``, ``UNK``, ``BOS``, ``OBS``, ``ACT``, ``END``: its special tokens, whose ids are their order.
 """
 
@@ -9,9 +11,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 PAD, UNK, BOS, OBS, ACT, END = SPECIAL_TOKENS = ("<pad>", "<unk>", "<bos>", "<obs>", "<act>", "<end>")
 
@@ -48,6 +51,41 @@ def build_word_tokenizer(texts: Iterable[str], *, min_count: int = 1) -> PreTrai
     backend.normalizer = normalizer
     backend.pre_tokenizer = splitter
     backend.add_special_tokens(list(SPECIAL_TOKENS))
+    return _wrapped(backend)
+
+
+def build_subword_tokenizer(texts: Iterable[str], *, vocab_size: int = 2048) -> PreTrainedTokenizerFast:
+    """Make a byte-level tokenizer (byte-pair encoding, Sennrich et al. 2016) whose pieces are frequent in ``texts``.
+
+    Every text can be written, and decoding gives it back exactly. Digits stand alone, so that numbers are spelt the
+    same wherever they occur. The same texts in any order give the same tokenizer.
+
+    Args:
+        texts: observations and actions like those that will be read and written.
+        vocab_size: at most so many tokens, the special ones and the 256 bytes included.
+    """
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(sorted(texts), trainer)
+    return _wrapped(backend)
+
+
+def is_subword(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether ``tokenizer`` is one of ``build_subword_tokenizer``, not of ``build_word_tokenizer``."""
+    return isinstance(tokenizer.backend_tokenizer.model, BPE)
+
+
+def _wrapped(backend: Tokenizer) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=PAD,

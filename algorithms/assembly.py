@@ -26,7 +26,7 @@ from ..agents.messages import Format
 from ..agents.models import build_small_model, compose_names, load_model, place
 from ..agents.policies import EnginePolicy, Policy
 from ..agents.rollout import Progress, RolloutTask, rollout
-from ..agents.tokenizer import build_word_tokenizer
+from ..agents.tokenizer import build_subword_tokenizer, build_word_tokenizer
 from ..agents.tree import Tree
 from ..config import EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
@@ -106,13 +106,15 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
     tokenizer: PreTrainedTokenizerBase
     if isinstance(config.model, SmallModelConfig):
         world = open_world(config.env, config.env.train_split)
-        lexicon = getattr(world, "lexicon", None)
-        if lexicon is None:
+        if hasattr(world, "lexicon"):
+            tokenizer = build_word_tokenizer(world.lexicon())
+        elif hasattr(world, "corpus"):
+            tokenizer = build_subword_tokenizer(world.corpus(), vocab_size=config.model.vocabulary)
+        else:
             raise UsageError(
-                f"'{config.env.id}' has no lexicon() from which to build the small model's vocabulary; "
-                "name a pretrained model instead: --model NAME_OR_PATH"
+                f"'{config.env.id}' has neither lexicon() nor corpus() from which to build the small model's "
+                "vocabulary; name a pretrained model instead: --model NAME_OR_PATH"
             )
-        tokenizer = build_word_tokenizer(lexicon())
         world.close()
         model = build_small_model(
             len(tokenizer),

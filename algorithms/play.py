@@ -12,6 +12,7 @@ import numpy as np
 from rich.console import Console
 
 from ..config import RunConfig
+from ..errors import UsageError
 from .assembly import open_world
 
 Choose = Callable[[str, Mapping[str, Any]], str]
@@ -28,6 +29,8 @@ def play(config: RunConfig, agent: str, split: str, task: str | None, *, checkpo
     choose = _chooser(config, agent, env, checkpoint, console)
     observation, info = env.reset(seed=config.seed, options={"task": task} if task else None)
     console.print(f"task {info['task']}", style="dim", markup=False)
+    if "instructions" in info:
+        console.print(info["instructions"] + "\n", style="dim", markup=False)
     console.print(observation, markup=False)
     total = 0.0
     while True:
@@ -56,21 +59,36 @@ def _chooser(config: RunConfig, agent: str, env: Any, checkpoint: str | None, co
         return act
 
     if agent == "human":
-        console.print("Type a command; ? lists the admissible ones, Ctrl-D leaves.", style="dim")
-        return _human(console)
+        listed = ", ? lists the admissible ones" if _lists(env) else ""
+        console.print(f"Type a command{listed}; Ctrl-D leaves.", style="dim")
+        return _human(env, console)
     if agent == "expert":
+        if not getattr(env, "has_expert", hasattr(env, "expert")):
+            raise UsageError(f"'{config.env.id}' has no expert")
         return announced(lambda observation, info: next(env.expert()))
     if agent == "random":
+        if not _lists(env):
+            raise UsageError(f"'{config.env.id}' lists no commands to choose from: its actions are free text")
         generator = np.random.default_rng(config.seed)
-        return announced(lambda observation, info: str(generator.choice(info["admissible"])))
+        return announced(lambda observation, info: str(generator.choice(_commands(env, info))))
     assert checkpoint is not None
     return announced(_model(config, checkpoint))
 
 
-def _human(console: Console) -> Choose:
+def _lists(env: Any) -> bool:
+    return not getattr(env, "free_text", False)
+
+
+def _commands(env: Any, info: Mapping[str, Any]) -> list[str]:
+    """The admissible commands; some worlds list them on demand only."""
+    return list(info["admissible"] if "admissible" in info else env.admissible())
+
+
+def _human(env: Any, console: Console) -> Choose:
     def choose(observation: str, info: Mapping[str, Any]) -> str:
         while (command := input("> ").strip()) in ("", "?"):
-            console.print("\n".join(info["admissible"]), style="dim", markup=False)
+            if _lists(env):
+                console.print("\n".join(_commands(env, info)), style="dim", markup=False)
         return command
 
     return choose

@@ -46,7 +46,7 @@ def collect_demonstrations(
         for index, task in enumerate(select_tasks(tasks, config.sft.tasks))
     ]
     slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
-    with make_pool(config.env, config.env.train_split, slots, **(config.sft.expert or {}), expert_info=True) as pool:
+    with make_pool(config.env, config.env.train_split, slots, **config.sft.expert, expert_info=True) as pool:
         expert = ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips)
         return play_tasks(config, expert, pool, format, chosen, config.env.train_split, progress)
 

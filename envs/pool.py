@@ -16,7 +16,7 @@ import selectors
 import time
 import weakref
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,6 +26,8 @@ from ..errors import EnvironmentFailedError, UsageError
 from .pool_process import Call, WorkerProcess, raise_failure
 from .pool_worker import Failure, Frames, Setup
 
+LEAST_MEMORY = 1 << 30
+"""Bytes that a worker always has."""
 _CLOSE_SECONDS = 2.0
 
 
@@ -115,6 +117,11 @@ class EnvPool:
         num_workers: the number of processes; by default one for each core that this process may use.
         timeout: seconds after which one call counts as hung.
         start_timeout: the same for the start of a worker, which imports and makes its first environment.
+        wrappers: wrappers of ``agentropy.envs.wrappers`` around each environment, the innermost first.
+        memory_limit: bytes of private memory that a worker, and each process that it starts, may have; beyond them
+            its world gets a ``MemoryError``. A worker that holds half of it between episodes is replaced. By default
+            four fifths of the machine's memory, shared out among the workers.
+        idle_seconds: a worker that is asked nothing for so long closes the environments that are in no episode.
 
     Raises:
         UsageError: an argument is out of range or cannot be sent to another process.
@@ -130,14 +137,22 @@ class EnvPool:
         num_workers: int | None = None,
         timeout: float = 120.0,
         start_timeout: float = 120.0,
+        wrappers: Sequence[str | Mapping[str, Any]] = (),
+        memory_limit: int | None = None,
+        idle_seconds: float = 300.0,
     ) -> None:
-        if num_envs < 1 or (num_workers is not None and num_workers < 1) or not min(timeout, start_timeout) > 0:
+        times = min(timeout, start_timeout, idle_seconds)
+        if num_envs < 1 or (num_workers is not None and num_workers < 1) or not times > 0:
             raise UsageError(
-                "a pool needs num_envs >= 1, num_workers >= 1, timeout > 0 and start_timeout > 0, "
-                f"not {num_envs=}, {num_workers=}, {timeout=}, {start_timeout=}"
+                "a pool needs num_envs >= 1, num_workers >= 1, timeout > 0, start_timeout > 0 and idle_seconds > 0, "
+                f"not {num_envs=}, {num_workers=}, {timeout=}, {start_timeout=}, {idle_seconds=}"
             )
-        setup = _setup(env_id, dict(env_kwargs or {}))
+        if memory_limit is not None and memory_limit < LEAST_MEMORY:
+            raise UsageError(f"memory_limit is {memory_limit} bytes; a worker needs at least {LEAST_MEMORY}")
         count = min(num_workers or usable_cores(), num_envs)
+        self._memory_limit = memory_limit or max(LEAST_MEMORY, _machine_memory() * 4 // 5 // count)
+        setup = _setup(env_id, dict(env_kwargs or {}), wrappers)
+        setup = replace(setup, memory_limit=self._memory_limit, idle_seconds=idle_seconds)
         self.env_id = env_id
         self.num_envs = num_envs
         self.num_workers = count
@@ -197,6 +212,19 @@ class EnvPool:
         assert state.last is not None
         call = self._worker_of(state).request(Call("snapshot"), slot=slot)
         return PoolSnapshot(self._block(call), state.last)
+
+    def admissible(self, slot: int) -> tuple[str, ...]:
+        """The commands that do something in ``slot`` now; blocks. For worlds that list them on demand only.
+
+        Raises:
+            UsageError: no episode is under way there, or what the world raises.
+            EnvironmentFailedError: the episode was lost with its worker.
+        """
+        state = self._idle(slot)
+        self._check_live(slot, state)
+        if state.lost is not None:
+            raise EnvironmentFailedError(state.lost)
+        return self._block(self._worker_of(state).request(Call("admissible"), slot=slot))
 
     def restore(self, slot: int, snapshot: PoolSnapshot) -> None:
         """Continue ``snapshot`` in ``slot``; the result repeats the observation and info it was taken at."""
@@ -317,9 +345,19 @@ class EnvPool:
         """The worker, started again if it has died in the meantime."""
         self._pump(0.0)
         worker = self._workers[index]
+        if worker.channel is not None and self._outgrown(worker):
+            self._selector.unregister(worker.channel)
+            worker.say_goodbye()
+            worker.kill(grace=_CLOSE_SECONDS)
         if worker.channel is None:
             self._start(worker)
         return worker
+
+    def _outgrown(self, worker: WorkerProcess) -> bool:
+        """Whether the worker is between episodes and holds more memory than it should keep."""
+        if worker.calls or worker.memory <= self._memory_limit // 2:
+            return False
+        return not any(state.live or state.pending for state in self._slots if state.worker == worker.index)
 
     def _start(self, worker: WorkerProcess) -> Call:
         call = worker.start()
@@ -401,7 +439,12 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _setup(env_id: str, kwargs: dict[str, Any]) -> Setup:
+def _machine_memory() -> int:
+    """Bytes of memory that the machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _setup(env_id: str, kwargs: dict[str, Any], wrappers: Sequence[str | Mapping[str, Any]]) -> Setup:
     """Find the registered environment here, so that workers need none of the parent's registrations."""
     module, _, name = env_id.rpartition(":")
     if module:
@@ -415,7 +458,11 @@ def _setup(env_id: str, kwargs: dict[str, Any]) -> Setup:
     # The pool itself enforces order and the time limit: wrappers that count would not be part of a snapshot.
     max_steps = kwargs.pop("max_episode_steps", spec.max_episode_steps)
     spec = replace(spec, order_enforce=False, disable_env_checker=True, max_episode_steps=None)
-    setup = Setup(spec, kwargs, max_steps, die_with_parent=False)
+    if wrappers:
+        from .wrappers import wrapper_specs
+
+        spec = replace(spec, additional_wrappers=(*spec.additional_wrappers, *wrapper_specs(wrappers)))
+    setup = Setup(spec, kwargs, max_steps, memory_limit=None, idle_seconds=math.inf, die_with_parent=False)
     try:
         Frames.encode(setup)
     except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import resource
 import signal
 import socket
 import subprocess
@@ -25,6 +26,7 @@ from .pool_worker import Failure, Frames, Ready, Setup
 
 _EXIT_SECONDS = 2.0
 """How long a worker whose stream has ended may take to exit, so that its exit code can be told."""
+_PAGE = resource.getpagesize()
 _NO_REPLY = object()
 _BOOT = f"""import sys
 fd, sys.path[:], sys.argv[1:] = int(sys.argv[1]), sys.argv[2:], []
@@ -87,6 +89,15 @@ class WorkerProcess:
         call = Call("start")
         self._post(replace(self._setup, die_with_parent=main_thread), call)
         return call
+
+    @property
+    def memory(self) -> int:
+        """Resident memory of the process in bytes; 0 where it cannot be told."""
+        try:
+            with open(f"/proc/{self.process.pid}/statm") as file:
+                return int(file.read().split()[1]) * _PAGE
+        except (OSError, ValueError, IndexError):
+            return 0
 
     def request(self, call: Call, payload: Any = None, slot: int | None = None) -> Call:
         """Send a request; ``slot`` is the environment it is about, by default the call's own."""

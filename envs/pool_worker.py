@@ -13,6 +13,7 @@ import faulthandler
 import os
 import pickle
 import queue
+import resource
 import signal
 import socket
 import struct
@@ -37,6 +38,10 @@ class Setup:
     spec: gymnasium.envs.registration.EnvSpec
     kwargs: Mapping[str, Any]
     max_steps: int | None
+    memory_limit: int | None
+    """Bytes of private memory that this process and each one that it starts may have."""
+    idle_seconds: float
+    """After so long without a request, environments without an episode are closed."""
     die_with_parent: bool
     """Ask Linux for SIGKILL when the thread that started the worker ends: right only for a main thread."""
 
@@ -113,11 +118,21 @@ class _Host:
         self._setup = setup
         self._episodes: dict[int, _Episode] = {}
         self._free = [self._make()]
-        world = self._free[0].unwrapped
-        self.ready = Ready(hasattr(world, "snapshot") and hasattr(world, "restore"), hasattr(world, "tasks"))
+        env = self._free[0]
+        # Asked from the outside in: a wrapper with a state of its own has snapshots of its own.
+        self.ready = Ready(
+            can_snapshot=env.has_wrapper_attr("snapshot") and env.has_wrapper_attr("restore"),
+            can_list_tasks=env.has_wrapper_attr("tasks"),
+        )
 
     def _make(self) -> gymnasium.Env[Any, Any]:
         return gymnasium.make(self._setup.spec, **self._setup.kwargs)
+
+    def rest(self) -> None:
+        """Close the environments that no slot uses; a world's engine ends with the last of them."""
+        while self._free:
+            with contextlib.suppress(Exception):
+                self._free.pop().close()
 
     def _episode(self, slot: int) -> _Episode:
         if slot not in self._episodes:
@@ -150,12 +165,15 @@ class _Host:
 
     def snapshot(self, slot: int, _: None) -> tuple[int, Any]:
         episode = self._episodes[slot]
-        return episode.turn, episode.env.unwrapped.snapshot()  # type: ignore[attr-defined]
+        return episode.turn, episode.env.get_wrapper_attr("snapshot")()
 
     def restore(self, slot: int, state: tuple[int, Any]) -> None:
         episode = self._episode(slot)
         episode.turn, world = state
-        episode.env.unwrapped.restore(world)  # type: ignore[attr-defined]
+        episode.env.get_wrapper_attr("restore")(world)
+
+    def admissible(self, slot: int, _: None) -> tuple[str, ...]:
+        return tuple(self._episodes[slot].env.get_wrapper_attr("admissible")())
 
     def fork(self, slot: int, source: int) -> None:
         self.restore(slot, self.snapshot(source, None))
@@ -167,7 +185,7 @@ class _Host:
     def tasks(self, _: int, split: str | None) -> tuple[str, ...]:
         if not self._free:
             self._free.append(self._make())
-        return tuple(self._free[0].unwrapped.tasks(split))  # type: ignore[attr-defined]
+        return tuple(self._free[0].get_wrapper_attr("tasks")(split))
 
     def close(self) -> None:
         """Close every environment; one that raises does not keep the others open."""
@@ -204,6 +222,15 @@ def _send(channel: socket.socket, reply: Any) -> None:
         channel.sendall(message)
 
 
+def _next(requests: queue.SimpleQueue[bytes], host: _Host, idle_seconds: float) -> bytes:
+    """Wait for a request; rest once when it is long in coming."""
+    try:
+        return requests.get(timeout=idle_seconds)
+    except queue.Empty:
+        host.rest()
+        return requests.get()
+
+
 def serve(fd: int) -> None:
     """Serve the parent at the other end of socket ``fd``: a ``Setup``, then requests until ``None``."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -215,12 +242,16 @@ def serve(fd: int) -> None:
         setup: Setup = pickle.loads(requests.get())
         if setup.die_with_parent and sys.platform == "linux":
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if setup.memory_limit is not None:
+            _, most = resource.getrlimit(resource.RLIMIT_DATA)
+            limit = setup.memory_limit if most == resource.RLIM_INFINITY else min(setup.memory_limit, most)
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
         host = _Host(setup)
     except BaseException as error:
         _send(channel, Failure.of(error))
         return
     _send(channel, host.ready)
-    while (request := pickle.loads(requests.get())) is not None:
+    while (request := pickle.loads(_next(requests, host, setup.idle_seconds))) is not None:
         reply = host.handle(*request)
         if request[0] != "release":
             _send(channel, reply)

@@ -80,9 +80,10 @@ class World(gymnasium.Env[str, str]):
     splits: Sequence[str]
     """Names of the splits, the training one first."""
     has_expert: ClassVar[bool] = False
+    free_text: ClassVar[bool] = False
+    """An action is a whole message, such as thoughts with a tool call in them, not one line; ``info`` says so."""
     instructions: str = ""
-    """What an agent should be told of the world before it starts, such as the form of actions; first ``info`` has it.
-    """
+    """What an agent should be told of the world before it starts, such as the form of actions; ``info`` has it."""
 
     _arguments: tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -390,7 +391,9 @@ class World(gymnasium.Env[str, str]):
     def _info(self) -> Info:
         split, task = self._started()
         info: Info = {"task": task, "split": split, **self._report(), "turn": self._turn, "invalid": self._invalid}
-        if self.instructions and self._turn == 0:
+        if self.free_text:
+            info["free_text"] = True
+        if self.instructions:
             info["instructions"] = self.instructions
         if (commands := self._admissible_info()) is not None:
             info["admissible"] = list(commands)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from agentropy.config import PretrainedModelConfig, RunConfig, SmallModelConfig, load_config, to_toml
 from agentropy.errors import UsageError
+from agentropy.registry import ENV_IDS
 
 
 def test_defaults_are_valid_and_survive_a_round_trip(tmp_path: Path) -> None:
@@ -82,3 +83,18 @@ def test_what_suits_alfworld_is_no_argument_of_other_worlds() -> None:
     assert load_config(None, ["env.train_kwargs={}"]).env.train_kwargs == {}
     other = load_config(None, ["env.id=my_worlds:Echo-v0"])
     assert other.env.train_kwargs == {} and other.sft.expert == {}
+    assert (other.sft.noise, other.sft.slips) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("name", ["scienceworld", "ScienceWorld", "agentropy/ScienceWorld-v0"])
+def test_worlds_of_this_package_go_by_their_short_names(name: str) -> None:
+    config = load_config(None, [f"env.id={name}"])
+    assert config.env.id == "agentropy/ScienceWorld-v0" and config.env.eval_split == "dev"
+    assert load_config(None, [f"env.id={name}", "env.eval_split=test"]).env.eval_split == "test"
+
+
+def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
+    for world in ENV_IDS:
+        config = load_config(None, [f"env.id={world}", "sft.noise=0.3"])
+        (tmp_path / "config.toml").write_text(to_toml(config))
+        assert load_config(tmp_path / "config.toml") == config

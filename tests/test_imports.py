@@ -43,7 +43,7 @@ RULES = {
     "__init__": Rule(frozenset(), only=frozenset()),
     "errors": Rule(frozenset(), only=frozenset()),
     "registry": Rule(frozenset(), only=frozenset()),
-    "config": Rule(FOUNDATION, never=TENSORS | MODELS | WORLDS),
+    "config": Rule(FOUNDATION | {"registry"}, never=TENSORS | MODELS | WORLDS),
     "doctor": Rule(FOUNDATION, never=TENSORS | MODELS | WORLDS),
 }
 

@@ -47,6 +47,21 @@ class ALFWorldEnv(World):
     are truncated after ``max_turns`` turns.
 
     ``info`` is that of every ``World``, with ``admissible``; ``goal`` is the task as a sentence.
+
+    >>> env = gym.make("agentropy/ALFWorld-v0", task_types=["pick_and_place_simple"]).unwrapped
+    >>> observation, info = env.reset(seed=0)
+    >>> observation
+    'You are in the middle of a room. ...Your task is to: put a spraybottle in shelf.'
+    >>> for action in env.expert():
+    ...     print(f"> {action}\\n{env.step(action)[0]}")
+    > go to countertop 1
+    You arrive at countertop 1. On the countertop 1, you see a candle 3, a soapbar 1, a spraybottle 2, and ...
+    > take spraybottle 2 from countertop 1
+    You pick up the spraybottle 2 from the countertop 1.
+    > go to shelf 1
+    You arrive at shelf 1. On the shelf 1, you see nothing.
+    > move spraybottle 2 to shelf 1
+    You move the spraybottle 2 to the shelf 1.
     """
 
     splits = SPLITS

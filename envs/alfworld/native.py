@@ -75,7 +75,15 @@ class State:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle what is so, not what was worked out from it."""
-        return _state, (self.at, self.held, self.inside, self.lying, self.gone, self.traits, self.won)
+        return _state, self._parts()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self._parts() == other._parts()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _parts(self) -> tuple[Any, ...]:
+        return self.at, self.held, self.inside, self.lying, self.gone, self.traits, self.won
 
     def but(
         self,

@@ -8,7 +8,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from agentropy.agents.formats import ChatFormat, PlainFormat, make_format
-from agentropy.agents.tokenizer import build_word_tokenizer
+from agentropy.agents.tokenizer import build_subword_tokenizer, build_word_tokenizer
 from agentropy.errors import UsageError
 
 ROOM = "You are in the middle of a room. You see a fridge 1.\n\nYour task is to: put a hot potato in fridge."
@@ -279,3 +279,29 @@ def test_formats_by_name(words):
         make_format("plain", chat)
     with pytest.raises(UsageError, match="no special token"):
         ChatFormat(chat_tokenizer("{% for m in messages %}{{ m['content'] }}\n{% endfor %}"))
+
+
+@given(message=st.text(alphabet=st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40))
+def test_pieces_carry_any_message_and_leave_nothing_out(message):
+    tokenizer = build_subword_tokenizer(["You see a mug. <search>x</search>"], vocab_size=300)
+    plain = PlainFormat(tokenizer)
+    parsed = plain.parse(plain.render_action(message))
+    assert parsed.command == message.strip() and parsed.closed and parsed.valid == bool(message.strip())
+    assert tokenizer.decode(plain.prompt("You see a mug.\n", {})) == "<bos><obs>You see a mug.\n<act>"
+
+
+def test_in_worlds_of_free_text_the_whole_message_is_the_action():
+    chat = ChatFormat(chat_tokenizer(CHATML), think=True)
+    message = "first\nsecond line"
+    info = {"free_text": True}
+    assert chat.parse(chat.render_action(message, info), info).command == message
+    assert chat.parse(chat.render_action(message, info)).command != message
+
+
+def test_the_worlds_instructions_are_in_the_system_prompt():
+    tokenizer = chat_tokenizer(CHATML)
+    chat = ChatFormat(tokenizer, system="Be quick.")
+    told = tokenizer.decode(chat.prompt("A question.", {"instructions": "Write an answer.", "free_text": True}))
+    assert "Be quick." in told and "Write an answer." in told and "one command" not in told
+    plain = tokenizer.decode(chat.prompt("A room.", {}))
+    assert "Write an answer." not in plain and "one command" in plain

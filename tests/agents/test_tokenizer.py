@@ -1,13 +1,15 @@
-"""The word tokenizer depends on the text alone and gives commands back exactly."""
+"""Tokenizers depend on the text alone and give commands back exactly."""
 
 import random
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from agentropy.agents.tokenizer import SPECIAL_TOKENS, build_word_tokenizer
+from agentropy.agents.tokenizer import SPECIAL_TOKENS, build_subword_tokenizer, build_word_tokenizer, is_subword
 
 TEXTS = [
     "You are in the middle of a room. Looking quickly around you, you see a cabinet 12, and a fridge 1.",
@@ -110,3 +112,40 @@ def test_a_saved_tokenizer_loads_as_the_same(tokenizer, tmp_path):
     assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert again.decode(again("go to fridge 1")["input_ids"]) == "go to fridge 1"
     assert (again.pad_token, again.bos_token, again.eos_token) == ("<pad>", "<bos>", "<end>")
+
+
+SAID = [
+    "<search>the capital of Æthelmere</search>",
+    "print(12 * 7)\n\tx = 'é'",
+    "search the capital",
+    "the capital 12",
+] * 3
+PIECES = build_subword_tokenizer(SAID, vocab_size=400)
+
+
+@given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_pieces_give_every_text_back(text):
+    assert PIECES.decode(PIECES(text)["input_ids"]) == text
+
+
+def test_pieces_are_what_is_frequent_and_numbers_are_spelt():
+    ids = PIECES("the capital 12")["input_ids"]
+    assert [PIECES.decode([index]) for index in ids] == ["the", " capital", " ", "1", "2"]
+    assert len(PIECES) <= 400 and is_subword(PIECES) and not is_subword(build_word_tokenizer(TEXTS))
+
+
+def test_pieces_do_not_depend_on_the_order_of_texts_or_the_process():
+    shuffled = random.Random(0).sample(SAID, len(SAID))
+    assert build_subword_tokenizer(shuffled, vocab_size=400).get_vocab() == PIECES.get_vocab()
+    code = (
+        "from agentropy.agents.tokenizer import build_subword_tokenizer as build;"
+        f"print(sorted(build({SAID!r}, vocab_size=400).get_vocab().items()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(sorted(PIECES.get_vocab().items()))
+
+
+def test_a_saved_tokenizer_of_pieces_is_one_again(tmp_path):
+    PIECES.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert is_subword(loaded) and loaded("<search>x</search>")["input_ids"] == PIECES("<search>x</search>")["input_ids"]

@@ -11,6 +11,9 @@ from typing import Any
 
 import gymnasium
 
+HOARD: list[bytearray] = []
+"""What the action ``grow`` leaves behind in the process."""
+
 
 class TooMuchError(RuntimeError):
     """Raised by the action ``raise``."""
@@ -53,6 +56,14 @@ class ObedientEnv(gymnasium.Env[str, str]):
     def restore(self, state: tuple[str, int, dict[str, Any]]) -> None:
         self._task, self._turn, self.np_random.bit_generator.state = state
 
+    def admissible(self) -> tuple[str, ...]:
+        return "end", f"turn {self._turn}"
+
+    def close(self) -> None:
+        if log := os.environ.get("OBEDIENT_CLOSED"):
+            with open(log, "a") as file:
+                file.write("closed\n")
+
     def _observe(self) -> tuple[str, dict[str, Any]]:
         drawn = self.np_random.integers(1 << 30)
         return f"{self._task} {self._turn} {drawn}", {"task": self._task, "pid": os.getpid()}
@@ -72,6 +83,8 @@ class ObedientEnv(gymnasium.Env[str, str]):
                 raise TooMuchError("that was too much")
             case ["child"]:
                 subprocess.Popen(["sleep", "1000"])
+            case ["grow", megabytes]:
+                HOARD.append(bytearray(int(megabytes) << 20))
             case ["print"]:
                 print("a world that prints")
 
@@ -79,7 +92,7 @@ class ObedientEnv(gymnasium.Env[str, str]):
 class ForgetfulEnv(ObedientEnv):
     """Has neither tasks nor snapshots."""
 
-    tasks = snapshot = restore = property()  # type: ignore[assignment]
+    tasks = snapshot = restore = admissible = property()  # type: ignore[assignment]
 
 
 gymnasium.register("Obedient-v0", entry_point=ObedientEnv)

@@ -281,6 +281,57 @@ def test_processes_that_a_world_started_end_with_its_worker(make_pool: MakePool)
     assert gone([grandchild])
 
 
+def test_a_world_that_takes_more_memory_than_its_share_loses_its_episode_only(make_pool: MakePool) -> None:
+    pool = make_pool(num_workers=1, memory_limit=1 << 30)
+    begin(pool, 0, 1)
+    result = play(pool, 0, "grow 1100")
+    assert result.failed and "MemoryError" in str(result.error)
+    assert not play(pool, 1, "look").failed
+
+
+def test_a_worker_that_has_grown_is_replaced_between_episodes(make_pool: MakePool) -> None:
+    pool = make_pool(num_workers=1, memory_limit=1 << 30)
+    first = begin(pool, 0, 1)
+    play(pool, 0, "grow 600")
+    play(pool, 0, "end")
+    pool.reset(0, task="a")
+    assert pool.wait()[0].info["pid"] == first[0].info["pid"], "slot 1 still plays there"
+    for slot in (0, 1):
+        play(pool, slot, "end")
+    later = begin(pool, 0, 1)
+    assert {result.info["pid"] for result in later}.isdisjoint(result.info["pid"] for result in first)
+    assert not any(result.failed for result in later)
+
+
+def test_a_worker_that_is_left_alone_closes_what_no_episode_needs(
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "closed"
+    monkeypatch.setenv("OBEDIENT_CLOSED", str(log))
+    pool = make_pool(num_envs=3, num_workers=2, idle_seconds=0.2)
+    begin(pool, 0)
+    pool.fork(0, 2)  # where its source is
+    pool.wait()
+    play(pool, 2, "end")
+    pool.reset(2, task="elsewhere")  # on the other worker: what slot 2 had is free now
+    pool.wait()
+    end = time.monotonic() + 5.0
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert log.exists()
+    assert not play(pool, 0, "look").failed and not play(pool, 2, "look").failed
+
+
+def test_commands_are_listed_on_demand(make_pool: MakePool) -> None:
+    pool = make_pool()
+    begin(pool, 1)
+    assert pool.admissible(1) == ("end", "turn 0")
+    play(pool, 1, "look")
+    assert pool.admissible(1) == ("end", "turn 1")
+    with pytest.raises(UsageError, match="no episode is under way in slot 0"):
+        pool.admissible(0)
+
+
 def test_wrong_use_is_told_at_once(make_pool: MakePool) -> None:
     pool = make_pool()
     with pytest.raises(UsageError, match="no episode is under way in slot 2: reset it first"):
