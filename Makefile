@@ -1,4 +1,4 @@
-# `make train` and `make test` set everything up in .venv first; they need Python 3.11 to 3.13 and g++.
+# `make train` and `make test` set everything up in .venv first; they need Python 3.11 to 3.13, and the tests g++ too.
 #
 #   make train ARGS="--algorithm grpo"     options of `agentropy train`
 #   make test ARGS="-k tree"               options of pytest
@@ -9,7 +9,9 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
+# What is installed: to train, or to develop as well.
+TRAIN := $(VENV)/.installed-train
+DEV := $(VENV)/.installed-dev
 BUSY := $(VENV)/.installing
 
 supported = sys.version_info >= (3, 11)
@@ -25,29 +27,29 @@ export CMAKE_POLICY_VERSION_MINIMUM ?= 3.5
 
 .PHONY: train test lint types setup clean
 
-train: $(STAMP)
+train: $(if $(wildcard $(DEV)),$(DEV),$(TRAIN))
 	@$(BIN)/agentropy train $(ARGS)
 
 # All three run even when one fails, so that one run shows everything.
-test: $(STAMP)
+test: $(DEV)
 	@failed=; \
 	$(MAKE) --no-print-directory lint || failed="$$failed lint"; \
 	$(MAKE) --no-print-directory types || failed="$$failed types"; \
 	$(BIN)/python -m pytest -q $(ARGS) || failed="$$failed pytest"; \
 	test -z "$$failed" || { echo "make test failed in:$$failed" >&2; exit 1; }
 
-lint: $(STAMP)
+lint: $(DEV)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-types: $(STAMP)
+types: $(DEV)
 	@mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/agentropy
 	@$(BIN)/mypy --cache-dir $(VENV)/mypy
 
-setup: $(STAMP)
+setup: $(DEV)
 
 # An interrupted installation leaves BUSY behind, and the next one starts afresh.
-$(STAMP): pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	@python="$(PYTHON)"; \
 	fail() { echo "agentropy: $$1" >&2; exit 1; }; \
 	test -n "$$python" || fail "no Python 3.11, 3.12 or 3.13 found; install one (sudo apt install python3) or name it: make PYTHON=/path/to/python"; \
@@ -55,15 +57,17 @@ $(STAMP): pyproject.toml constraints.txt
 		|| fail "$$python is not Python 3.11 or newer; name one that is: make PYTHON=/path/to/python"; \
 	$$python -c 'import venv, ensurepip' 2>/dev/null \
 		|| fail "$$python cannot make virtual environments; install its venv module: sudo apt install $${python##*/}-venv"; \
-	command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null \
-		|| fail "no C++ compiler found, and ALFWorld's planner is built from source; install one: sudo apt install g++"; \
+	test $* = train || command -v "$${CXX:-c++}" >/dev/null || command -v g++ >/dev/null \
+		|| fail "no C++ compiler found, and the planner that tests compare with is built from source; install one: sudo apt install g++"; \
 	if test -e $(BUSY) || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
 		rm -rf $(VENV) && mkdir $(VENV) && touch $(BUSY) && $$python -m venv $(VENV) || exit 1; \
 	fi; \
 	rm -f $@ && touch $(BUSY); \
 	echo "agentropy: installing into $(VENV) (some minutes, once)"; \
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[train,dev]' \
-		|| fail "the installation failed for the reason above; run make again once it is mended"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]' \
+		|| fail "the installation failed for the reason above; run make again once it is mended"; \
+	test $* = train || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps bfcl-eval \
+		|| echo "agentropy: bfcl-eval could not be installed; the tests that compare with it are skipped" >&2
 	@mv $(BUSY) $@
 
 clean:

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Threads that wait by spinning starve each other on shared cores; it must be set before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(serving="serve" in argv[:1]).parse_args(argv)
     try:
         return arguments.run(arguments)
     except UsageError as error:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(serving: bool) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="agentropy", description="Train language-model agents by reinforcement learning in text worlds."
     )
@@ -105,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument("root", help="folder that holds json_2.1.1, or that folder itself")
     pack.add_argument("out", help="folder that receives the pack, or a name ending in .jsonl.xz or .jsonl.gz")
     pack.set_defaults(run=_pack)
+    bfcl = actions.add_parser("bfcl", help="fetch BFCL's tasks and simulators, once, and say where they are")
+    bfcl.set_defaults(run=_bfcl)
+
+    served = commands.add_parser("serve", help="serve environments or a retriever over HTTP")
+    if serving:
+        _servers(served)
 
     report = commands.add_parser("report", help="write report.html of a run again", allow_abbrev=False)
     report.add_argument("run_folder", metavar="RUN")
@@ -113,6 +120,21 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what works on this machine, and what would fix the rest")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _servers(parser: argparse.ArgumentParser) -> None:
+    """Add what can be served; only then is it imported, since Gymnasium alone takes longer than all other commands."""
+    from .envs.search import server as retriever
+    from .envs.serve import command as envs
+
+    servers = parser.add_subparsers(title="what", metavar="WHAT", required=True)
+    for name, module, help in (
+        ("envs", envs, "environments for remote trainers, as agentropy/Remote-v0 plays them"),
+        ("retriever", retriever, "a retriever of passages, for the search environment and others"),
+    ):
+        server = servers.add_parser(name, help=help)
+        module.add_arguments(server)
+        server.set_defaults(run=module.main)
 
 
 def _configuration(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(FLAGS)) -> None:
@@ -255,6 +277,13 @@ def _pack(arguments: argparse.Namespace) -> int:
 
     counts = write_pack(arguments.root, arguments.out)
     print(", ".join(f"{split}: {count} games" for split, count in counts.items()), "in", arguments.out)
+    return 0
+
+
+def _bfcl(arguments: argparse.Namespace) -> int:
+    from .envs.bfcl.source import fetch
+
+    print(fetch())
     return 0
 
 

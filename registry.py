@@ -18,6 +18,12 @@ from types import ModuleType
 
 ENV_IDS: dict[str, str] = {
     "agentropy/ALFWorld-v0": "agentropy.envs.alfworld.env:ALFWorldEnv",
+    "agentropy/BFCL-v0": "agentropy.envs.bfcl.env:BFCLEnv",
+    "agentropy/Remote-v0": "agentropy.envs.remote:RemoteEnv",
+    "agentropy/ScienceWorld-v0": "agentropy.envs.scienceworld.env:ScienceWorldEnv",
+    "agentropy/Search-v0": "agentropy.envs.search.env:SearchEnv",
+    "agentropy/TextWorld-v0": "agentropy.envs.textworld.env:TextWorldEnv",
+    "agentropy/Tools-v0": "agentropy.envs.tools.env:ToolsEnv",
 }
 
 _REGISTRATION = "gymnasium.envs.registration"

@@ -30,6 +30,7 @@ from ..agents.tokenizer import build_subword_tokenizer, build_word_tokenizer
 from ..agents.tree import Tree
 from ..config import EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
+from ..envs.wrappers import wrap
 from ..errors import UsageError, nearest
 
 
@@ -58,13 +59,14 @@ def prepare_device(config: RunConfig) -> torch.device:
 
 
 def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
-    """One environment of the configured world, unwrapped.
+    """One environment of the configured world, in the configured wrappers and no others.
 
     Raises:
         UsageError: the id is not registered, or an argument is not the world's.
     """
     try:
-        return gymnasium.make(config.id, split=split, disable_env_checker=True, **config.kwargs).unwrapped
+        world = gymnasium.make(config.id, split=split, disable_env_checker=True, **config.kwargs).unwrapped
+        return wrap(world, config.wrappers)
     except gymnasium.error.UnregisteredEnv as error:
         # Those without a namespace are Gymnasium's own, which are no text worlds.
         hint = nearest(config.id, (name for name in gymnasium.registry if "/" in name))
@@ -86,7 +88,8 @@ def tasks_of(config: EnvConfig, split: str) -> tuple[str, ...]:
 def make_pool(config: EnvConfig, split: str, num_envs: int, **kwargs: Any) -> EnvPool:
     """``num_envs`` slots of the configured world on ``config.workers`` processes."""
     workers = min(config.workers or os.cpu_count() or 1, num_envs)
-    return EnvPool(config.id, {"split": split, **config.kwargs, **kwargs}, num_envs=num_envs, num_workers=workers)
+    arguments = {"split": split, **config.kwargs, **kwargs}
+    return EnvPool(config.id, arguments, num_envs=num_envs, num_workers=workers, wrappers=config.wrappers)
 
 
 def select_tasks(tasks: Sequence[str], count: int | None) -> tuple[str, ...]:

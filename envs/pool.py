@@ -278,6 +278,10 @@ class EnvPool:
                 return results
             self._pump(left)
 
+    def pids(self) -> list[int]:
+        """The process ids of the workers that are running."""
+        return [worker.process.pid for worker in self._workers if worker.channel is not None]
+
     def close(self) -> None:
         """End every worker; what is pending is dropped. Safe to call twice."""
         self._finalizer()

@@ -1,6 +1,7 @@
 """The space of all texts that the worlds read and write.
 
 - ``TextSpace``: Gymnasium's ``Text`` over all of Unicode, usable in ``AsyncVectorEnv``.
+- ``cut``: a text of limited length that says what it lacks.
 - ``storable``: a text without the code points that no file and no tokenizer can hold.
 
 Gymnasium's asynchronous vector environment reads a ``Text`` observation from shared memory only once, when it is made,
@@ -22,6 +23,7 @@ from gymnasium.vector.utils import create_shared_memory, read_from_shared_memory
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n"
 """What samples are made of."""
 _LENGTH_BYTES = 4
+_CUT = "[{} characters left out]"
 _MOST_BYTES = 4
 """Of one character in UTF-8."""
 
@@ -45,6 +47,29 @@ def storable(text: str) -> str:
     'café ?'
     """
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def cut(text: str, limit: int, keep: str = "head") -> str:
+    """Return ``text``, or as much of it as fits ``limit`` characters with a note of how much was left out.
+
+    Args:
+        text: any.
+        limit: at least 0; a note that does not fit is cut itself.
+        keep: ``"head"``, ``"tail"`` or ``"both"``: which part stays.
+
+    >>> cut("a" * 100, 40)
+    'aaaaaaaaaaaaaa\\n[86 characters left out]'
+    >>> cut("short", 40)
+    'short'
+    """
+    if len(text) <= limit:
+        return text
+    edges = {"head": ("\n", ""), "tail": ("", "\n"), "both": ("\n", "\n")}[keep]
+    # The number of characters left out has at most as many digits as that of all.
+    kept = max(0, limit - len(_CUT.format(len(text)).join(edges)))
+    note = _CUT.format(len(text) - kept).join(edges)
+    head = {"head": kept, "tail": 0, "both": kept - kept // 2}[keep]
+    return (text[:head] + note + text[len(text) - (kept - head) :])[:limit]
 
 
 class _SharedTexts(Sequence[str]):

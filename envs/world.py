@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import abstractmethod
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,10 +21,9 @@ import numpy as np
 from gymnasium.error import ResetNeeded
 
 from ..errors import EnvironmentFailedError, UsageError, nearest
-from .text import TextSpace, storable
+from .text import TextSpace, cut, storable
 
 Info = dict[str, Any]
-_CUT = "\n[{} characters left out]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,8 @@ class World(gymnasium.Env[str, str]):
         """
         if split not in self.splits:
             raise UsageError(f"unknown {self._name} split {split!r}{nearest(split, self.splits)}")
-        if max_turns < 1:
-            raise UsageError(f"max_turns must be at least 1, got {max_turns}")
+        if not isinstance(max_turns, int) or max_turns < 1:
+            raise UsageError(f"max_turns must be a whole number of at least 1, got {max_turns!r}")
         if expert_info and not self.has_expert:
             raise UsageError(f"{self._name} has no expert: drop expert_info")
         modes = self.metadata["render_modes"]
@@ -132,7 +133,6 @@ class World(gymnasium.Env[str, str]):
         self.action_space = TextSpace(max_length=max_action)
         self._expert_info = expert_info
         self._sorted: dict[str, tuple[str, ...]] = {}
-        self._sets: dict[str, frozenset[str]] = {}
         self._at: tuple[str, str] | None = None
         """Split and task of the episode under way."""
         self._turn = 0
@@ -220,7 +220,7 @@ class World(gymnasium.Env[str, str]):
             split, tasks = self.split, self.tasks()
             task = tasks[int(self.np_random.integers(len(tasks)))]
         else:
-            split = self._split_of(task)
+            split, task = self._split_of(task), str(task)
         self._at = None  # what fails below leaves no episode
         self._clear()
         self._observe(self._begin(split, task))
@@ -241,8 +241,10 @@ class World(gymnasium.Env[str, str]):
             raise ResetNeeded("the episode is over; call reset()")
         if not isinstance(action, str):
             raise UsageError(f"an action is a text, not {type(action).__name__}")
-        action = storable(action)
+        action = storable(str(action))
+        at, self._at = self._at, None  # what fails below leaves no episode
         turn = self._act(action)
+        self._at = at
         self._actions.append(action)
         self._observe(turn.observation)
         self._turn += 1
@@ -275,8 +277,9 @@ class World(gymnasium.Env[str, str]):
             UsageError: the snapshot is of another world, or of another task of the same name.
             EnvironmentFailedError: the world did not come back to the same point.
         """
-        if snapshot.world != type(self).__name__:
-            raise UsageError(f"the snapshot is of a {snapshot.world}, not of a {type(self).__name__}")
+        world = getattr(snapshot, "world", type(snapshot).__name__)
+        if world != type(self).__name__:
+            raise UsageError(f"the snapshot is of a {world}, not of a {type(self).__name__}")
         split, task = snapshot.split, snapshot.task
         if self._identity(split, task) != snapshot.identity:
             raise UsageError(f"the snapshot is of another task called {task!r}; open the source that it came from")
@@ -284,7 +287,8 @@ class World(gymnasium.Env[str, str]):
         self._clear()
         self._load(split, task, snapshot.state)
         self._at = split, task
-        self._turn, self._observation = snapshot.turn, snapshot.observation
+        self._turn = snapshot.turn
+        self._observation = cut(snapshot.observation, self.observation_space.max_length)  # type: ignore[attr-defined]
         self._invalid, self._ended = snapshot.invalid, snapshot.over
         return self._observation, self._info()
 
@@ -322,7 +326,8 @@ class World(gymnasium.Env[str, str]):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle and copy as the arguments, the generator and the point of the episode."""
         point = None if self._at is None else self.snapshot()
-        return _rebuild, (type(self), *self._arguments, self.spec, self._np_random, self._np_random_seed, point)
+        generator = copy.deepcopy(self._np_random)  # pickling does it anyway; copy.copy would share it
+        return _rebuild, (type(self), *self._arguments, self.spec, generator, self._np_random_seed, point)
 
     @property
     def _name(self) -> str:
@@ -345,18 +350,17 @@ class World(gymnasium.Env[str, str]):
 
     def _observe(self, text: str) -> None:
         """Make ``text`` the current observation: cut to what the space holds, and free of what no file can store."""
-        text, limit = storable(text), self.observation_space.max_length  # type: ignore[attr-defined]
-        if len(text) > limit:
-            note = _CUT.format(len(text) - limit)
-            text = text[: max(0, limit - len(note))] + note[:limit]
-        self._observation = text
+        text = storable(text)
         self._digest = hashlib.blake2b(self._digest + text.encode(), digest_size=16).digest()
+        self._observation = cut(text, self.observation_space.max_length)  # type: ignore[attr-defined]
 
     def _split_of(self, task: Any) -> str:
         """Return the split that holds ``task``, looking into the environment's own first."""
         own = [self.split, *(split for split in self.splits if split != self.split)]
         for split in own if isinstance(task, str) else ():
-            if task in self._members(split):
+            tasks = self.tasks(split)
+            at = bisect_left(tasks, task)
+            if at < len(tasks) and tasks[at] == task:
                 return split
         tasks = self.tasks()
         hint = nearest(str(task), tasks)
@@ -367,7 +371,8 @@ class World(gymnasium.Env[str, str]):
     def corpus(self, tasks: int = 48) -> tuple[str, ...]:
         """Return texts like those of the training split, from which subword vocabularies are learned.
 
-        The expert plays ``tasks`` tasks, evenly spaced over the split, in an environment of its own.
+        The expert, where there is one, plays ``tasks`` tasks, evenly spaced over the split, in an environment of its
+        own.
         """
         args, kwargs = self._arguments
         world = _rebuild(type(self), args, kwargs, self.spec, None, None, None)
@@ -375,18 +380,13 @@ class World(gymnasium.Env[str, str]):
         texts = [self.instructions]
         try:
             names = world.tasks(self.splits[0])
-            for name in names[:: max(1, len(names) // tasks)][:tasks]:
+            for name in names[:: max(1, len(names) // max(1, tasks))][:tasks]:
                 texts.append(world.reset(options={"task": name})[0])
-                for action in world.expert():
+                for action in world.expert() if world.has_expert else ():
                     texts += [action, world.step(action)[0]]
         finally:
             world.close()
         return tuple(dict.fromkeys(texts))
-
-    def _members(self, split: str) -> frozenset[str]:
-        if split not in self._sets:
-            self._sets[split] = frozenset(self.tasks(split))
-        return self._sets[split]
 
     def _info(self) -> Info:
         split, task = self._started()

@@ -213,13 +213,16 @@ def closure(requirements: list[str], extras: frozenset[str]) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("extra", [None, "alfworld"])
+@pytest.mark.parametrize("extra", [None, "alfworld", "all-envs", "serve"])
 def test_the_environments_install_without_torch(project, extra):
     table = project["project"]
     requirements = [*table["dependencies"], *(table["optional-dependencies"][extra] if extra else [])]
     brought = closure(requirements, frozenset())
     assert {"gymnasium", "numpy"} <= brought
     assert not brought & {"torch", "transformers", "tokenizers", "triton"}
+
+
+PINNED = ("train", "alfworld", "bfcl", "scienceworld", "search", "textworld", "tools", "mcp", "parquet", "serve", "dev")
 
 
 def test_constraints_pin_what_the_extras_ask_for(project):
@@ -229,7 +232,7 @@ def test_constraints_pin_what_the_extras_ask_for(project):
     table = project["project"]
     asked = [
         *table["dependencies"],
-        *(line for extra in ("train", "alfworld", "dev") for line in table["optional-dependencies"][extra]),
+        *(line for extra in PINNED for line in table["optional-dependencies"][extra]),
     ]
     for requirement in map(Requirement, asked):
         if requirement.name != "agentropy":

