@@ -1,7 +1,7 @@
 """Every option of a run, as one typed schema.
 
 - ``RunConfig``: the whole configuration; ``EnvConfig``, ``ModelConfig``, … are its sections.
-- ``WORLD_DEFAULTS``: what of it depends on the world.
+- ``WORLD_DEFAULTS``, ``SMALL_DEFAULTS``, ``PRETRAINED_DEFAULTS``: what of it depends on the world, and on the model.
 - ``load_config``: TOML file, then ``section.key=value`` overrides, then defaults; unknown keys are errors.
 - ``to_toml``: the resolved configuration as text that ``load_config`` reads back.
 
@@ -32,11 +32,12 @@ WORLD_DEFAULTS: dict[str, dict[str, Any]] = {
     "agentropy/ScienceWorld-v0": {
         "env": {"eval_split": "dev"},
         "agent": {"max_action_tokens": 24},
+        "sft": {"tasks": 300},
     },
     "agentropy/TextWorld-v0": {
         "env": {"eval_split": "test"},
         "agent": {"max_action_tokens": 24},
-        "sft": {"noise": 0.1},
+        "sft": {"tasks": 400, "noise": 0.1},
     },
     "agentropy/Search-v0": {
         "env": {"eval_split": "test"},
@@ -44,14 +45,29 @@ WORLD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "agentropy/Tools-v0": {
         "env": {"eval_split": "test"},
-        "agent": {"max_action_tokens": 128},
+        "agent": {"max_action_tokens": 256},
     },
     "agentropy/BFCL-v0": {
         "env": {"eval_split": "test"},
-        "agent": {"max_action_tokens": 128},
+        "agent": {"max_action_tokens": 256},
     },
 }
 """Defaults of a run that depend on its world; what a user says of an option takes their place."""
+SMALL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "agentropy/Search-v0": {"env": {"kwargs": {"k": 1}}},
+    "agentropy/BFCL-v0": {
+        "env": {"kwargs": {"documents": "names", "categories": ["base", "miss_func", "miss_param"]}},
+    },
+}
+"""The same for small models alone: what they can read is short."""
+PRETRAINED_DEFAULTS: dict[str, dict[str, Any]] = {
+    "agentropy/ScienceWorld-v0": {"agent": {"max_context_tokens": 8192}},
+    "agentropy/TextWorld-v0": {"agent": {"max_context_tokens": 8192}},
+    "agentropy/Search-v0": {"agent": {"max_context_tokens": 8192, "max_action_tokens": 512}},
+    "agentropy/Tools-v0": {"agent": {"max_context_tokens": 8192, "max_action_tokens": 1024}},
+    "agentropy/BFCL-v0": {"agent": {"max_context_tokens": 24576, "max_action_tokens": 1024}},
+}
+"""The same for pretrained ones."""
 ELSEWHERE: dict[str, Any] = {"sft": {"noise": 0.0, "slips": 0.0}}
 """Below those of every world but ALFWorld: few experts find back to their path after a mistake."""
 
@@ -217,6 +233,10 @@ class RunConfig(Section):
             return data
         world = _full_id(str(env.get("id", ALFWORLD)))
         below = _merged({} if world == ALFWORLD else ELSEWHERE, WORLD_DEFAULTS.get(world, {}))
+        model = data.get("model")
+        model = model if isinstance(model, dict) else {}
+        small = model.get("type", "pretrained" if "path" in model else "small") == "small"
+        below = _merged(below, (SMALL_DEFAULTS if small else PRETRAINED_DEFAULTS).get(world, {}))
         return _merged(below, {**data, "env": {**env, "id": world}})
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ cache.
 - *queries/s*: one after the other, as an environment asks, and in batches, as a server may; the fastest of several
   passes, since a busy neighbour only makes it slower. The JSON has them all.
 - *build*: making the index; *open*: opening it again. *memory*: what the process holds for itself after all queries,
-  without the pages of mapped files, which processes share.
+  without the pages of mapped files, which processes share. *load*: of the machine when a row began.
 
 The libraries bm25s and tantivy are measured as they come, for comparison.
 """
@@ -235,17 +235,27 @@ def _own_memory() -> float:
     return int(found[1]) / 1e3 if found else float("nan")
 
 
+def _earlier(file: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the figures of ``file``, where they are of the same questions and passages."""
+    if not file.exists():
+        return {}
+    report = json.loads(file.read_text())
+    return report["retrievers"] if report["settings"] == settings else {}
+
+
 def table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """The figures of every retriever."""
     shown = Table(title="Retrieval", box=box.SIMPLE_HEAD)
     shown.add_column("")
-    headings = [f"recall@{k}" for k in DEPTHS] + ["all@3", "queries/s", "batched", "build s", "open s", "disk MB", "MB"]
+    headings = [f"recall@{k}" for k in DEPTHS]
+    headings += ["all@3", "queries/s", "batched", "build s", "open s", "disk MB", "MB", "load"]
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, row in rows.items():
         cells = [f"{row['recall'][str(k)]:.3f}" for k in DEPTHS] + [f"{row['all_gold']['3']:.3f}"]
         cells += [f"{row['queries_per_second']:,.0f}", f"{row['batched_queries_per_second']:,.0f}"]
-        for figure, digits in (("build_seconds", 1), ("open_seconds", 2), ("disk_mb", 1), ("memory_mb", 0)):
+        rest = {"build_seconds": 1, "open_seconds": 2, "disk_mb": 1, "memory_mb": 0, "load_average": 1}
+        for figure, digits in rest.items():
             cells.append(f"{row[figure]:,.{digits}f}" if figure in row else "")
         shown.add_row(name, *cells)
     return shown
@@ -257,7 +267,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="folder with questions.jsonl.xz and passages.jsonl.xz")
     parser.add_argument("--questions", type=int, help="ask only the first so many")
     parser.add_argument("--encoder", action="append", help="of dense and hybrid; lsa by default; may be repeated")
-    parser.add_argument("--only", action="append", help="measure only the retrievers whose name starts so")
+    parser.add_argument(
+        "--only", action="append", help="measure only retrievers whose name starts so, and keep the other figures"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "retrieval.json")
     options = parser.parse_args(arguments)
 
@@ -270,15 +282,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     read_corpus(passages)  # unpacked once, before anything is timed
 
     machine = describe_machine(["bm25s", "numba", "PyStemmer", "tantivy", "httpx", "fastapi", "uvicorn"])
-    console, rows = Console(), dict[str, dict[str, Any]]()
+    settings = {"questions": len(questions), "passages": len(read_corpus(passages).passages), "batch": BATCH}
+    console, rows = Console(), _earlier(options.out, settings) if options.only else {}
     wanted = tuple(options.only or [""])
     for name, make in variants(options.encoder or ["lsa"]).items():
         if name.startswith(wanted):
             with _process() as process:
-                rows[name] = process.submit(measure, make, passages, questions).result()
+                load = os.getloadavg()[0]
+                rows[name] = {**process.submit(measure, make, passages, questions).result(), "load_average": load}
             Console(stderr=True).print(f"{name} measured", style="dim")
     if "http, bm25".startswith(wanted):
-        rows["http, bm25"] = measure_http(passages, questions)
+        load = os.getloadavg()[0]
+        rows["http, bm25"] = {**measure_http(passages, questions), "load_average": load}
     console.print(table(rows))
     console.print(
         f"{len(questions)} questions, {len(read_corpus(passages).passages):,} passages; batches of {BATCH}; "
@@ -286,7 +301,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         highlight=False,
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    settings = {"questions": len(questions), "passages": len(read_corpus(passages).passages), "batch": BATCH}
     options.out.write_text(json.dumps({"machine": machine, "settings": settings, "retrievers": rows}, indent=2) + "\n")
     console.print(f"figures and machine in {options.out}", highlight=False)
 

@@ -134,25 +134,25 @@ def measure(name: str, rounds: int) -> dict[str, list[float]]:
     """Return milliseconds of ``rounds`` repetitions of each thing that an interpreter does."""
     times: dict[str, list[float]] = {}
 
-    def clock(what: str, act: Callable[[], Any]) -> Any:
+    def clock(what: str, act: Callable[..., Any], *given: Any) -> Any:
         start = time.perf_counter()
-        result = act()
+        result = act(*given)
         times.setdefault(what, []).append(1000 * (time.perf_counter() - start))
         return result
 
     starts = max(3, min(10, rounds // 10))
     for _ in range(starts):
         interpreter = make_interpreter(name)
-        clock("start", lambda one=interpreter: one.run("1 + 1"))
+        clock("start", interpreter.run, "1 + 1")
         interpreter.close()
     interpreter = make_interpreter(name)
     for _ in range(rounds if name == "monty" else starts):
         interpreter.run("x = 1")
         interpreter.clear()
-        clock("fresh", lambda: interpreter.run("1 + 1"))
+        clock("fresh", interpreter.run, "1 + 1")
     interpreter.run("x = 1")
     for _ in range(rounds):
-        clock("live", lambda: interpreter.run("x + 1"))
+        clock("live", interpreter.run, "x + 1")
     interpreter.close()
 
     env = ToolsEnv(interpreter=name, max_turns=1000)
@@ -162,8 +162,8 @@ def measure(name: str, rounds: int) -> dict[str, list[float]]:
     for _ in range(rounds if name == "monty" else starts):
         point = clock("snapshot", env.snapshot)
         env.step("<python>x0.append(1)</python>")
-        clock("restore", lambda point=point: env.restore(point))
-        assert clock("next call", lambda: env.step("<python>len(x0)</python>"))[0] == "<result>\n100\n</result>"
+        clock("restore", env.restore, point)
+        assert clock("next call", env.step, "<python>len(x0)</python>")[0] == "<result>\n100\n</result>"
         env.restore(point)
     env.close()
     return times
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for what, why in open_ways.items():
             console.print(f"  {what}: {why}", style="bold red")
     console.print(summary(machine), highlight=False)
-    report = {
+    figures = {
         "machine": machine,
         "settings": {"rounds": options.rounds},
         "sandboxes": {one.interpreter: {"available": one.available, "means": one.means} for one in reports},
@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "escapes": escapes,
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    options.out.write_text(json.dumps(figures, indent=1) + "\n")
     console.print(f"all figures in {options.out}", highlight=False)
 
 

@@ -250,6 +250,10 @@ def vanish(server: ServerProcess) -> int:
     return left
 
 
+def _tell(progress: str) -> None:
+    Console(stderr=True).print(progress, style="dim", highlight=False)
+
+
 def _until(happened: Callable[[], bool], seconds: float) -> None:
     end = time.monotonic() + seconds
     while not happened() and time.monotonic() < end:
@@ -264,15 +268,16 @@ def measure(
     orphans: list[int] = []
     try:
         killed = load(server, sessions, episodes, steps, "msgpack", plan_kills(server, kills, orphans))
+        _tell(f"{len(killed.digests)} episodes played with {kills} kills in {killed.seconds:.0f} s")
         _until(lambda: server.sessions() == 0, 10.0)
         after_kills = server.sessions()
         rates: dict[str, dict[str, Any]] = {}
         for form in formats:
             for count in (1, sessions):
-                load(server, count, 1, steps, form)
-                rates[f"{form}, {count} session{'s' if count > 1 else ''}"] = figures(
-                    load(server, count, max(1, episodes // 2) if count > 1 else 8 * episodes, steps, form)
-                )
+                load(server, count, 1, steps, form)  # nothing is new to any process
+                played = load(server, count, max(1, episodes // 2) if count > 1 else 8 * episodes, steps, form)
+                rates[f"{form}, {count} session{'s' if count > 1 else ''}"] = figures(played)
+                _tell(f"{len(played.digests)} episodes played in {form} in {played.seconds:.0f} s")
         vanished = vanish(server)
         leaked = server.sessions()
         pids = server.workers()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 
-from ...errors import UsageError, nearest
+from ...errors import EnvironmentFailedError, UsageError, nearest
 from ..extras import require
 from ..world import Info, Turn, World
 from . import tasks as catalogue
@@ -18,6 +18,7 @@ from .simulator import Game, Seat, Simulator
 REWARDS = ("dense", "final")
 UNKNOWN = "No known action matches that input."
 _BLANK = "Unknown action.  Type 'help' for a list of actions, and 'objects' for a list of possible object referents. "
+_CORPUS_TURNS = 50
 INSTRUCTIONS = """\
 Write one action per turn, in one of these forms (OBJ is a thing that you see or hold):
 look around, look at OBJ, look in OBJ, inventory, task, read OBJ
@@ -137,7 +138,7 @@ class ScienceWorldEnv(World):
             for name in self._names[:tasks]:
                 variation = catalogue.split_variations(name, "train")[0]
                 texts.append(world.reset(options={"task": catalogue.task_id(name, variation)})[0])
-                for action in stored(name, variation):
+                for action in stored(name, variation)[:_CORPUS_TURNS]:
                     observation, _, over, truncated, _ = world.step(action)
                     texts += [action, observation]
                     if over or truncated:
@@ -209,7 +210,8 @@ class ScienceWorldEnv(World):
         return catalogue.resolve(self._simplifications, catalogue.parse(task)[0])
 
     def _playing(self) -> tuple[Simulator, Game]:
-        assert self._seat is not None and self._seat.game is not None
+        if self._seat is None or self._seat.game is None:
+            raise EnvironmentFailedError("ScienceWorld has no episode, since the last one did not start; call reset()")
         return self._seat.simulator, self._seat.game
 
     def _leave(self) -> None:

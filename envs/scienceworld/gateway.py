@@ -137,10 +137,7 @@ class Gateway:
 
     def close(self) -> None:
         """End the process; calling again does nothing."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        self._close_pipes()
+        self._disconnect()
         if self._process.poll() is None:
             self._process.kill()  # it holds nothing that must be saved
         self._process.wait()
@@ -149,9 +146,10 @@ class Gateway:
         assert self._process.stdout is not None
         with self._process.stdout as said:
             port, token = int(said.readline()), said.readline().decode().strip()
-        self._socket = socket.create_connection(("127.0.0.1", port), timeout=START_SECONDS)
-        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._reader = self._socket.makefile("rb")
+        connection = socket.create_connection(("127.0.0.1", port), timeout=START_SECONDS)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._reader = connection.makefile("rb")
+        self._socket = connection
         self._ask(f"A\n{token}\n")
         self._socket.settimeout(CALL_SECONDS)
 
@@ -179,7 +177,11 @@ class Gateway:
             raise JavaError(message)
         raise JavaError(str(value).partition("\n")[0])
 
-    def _close_pipes(self) -> None:
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._reader.close()
+            self._socket.close()
+            self._socket = None
         for pipe in (self._process.stdin, self._process.stdout):
             if pipe is not None:
                 with contextlib.suppress(OSError):
@@ -187,10 +189,7 @@ class Gateway:
 
     def _forget(self) -> None:
         """In a fork, which must neither keep the process alive nor talk to it."""
-        if self._socket is not None:
-            self._socket.close()
-            self._socket = None
-        self._close_pipes()
+        self._disconnect()
         self._process.returncode = 0  # it is no child of the fork
 
 

@@ -70,11 +70,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         orders = {task: wanted(task) for task in TASKS}
         while orders and time.monotonic() < end:
             for task in list(orders):
-                variation = next((one for one in orders[task] if one not in paths[task]), None)
-                if variation is None:
+                missing = next((one for one in orders[task] if one not in paths[task]), None)
+                if missing is None:
                     del orders[task]
                 elif time.monotonic() < end:
-                    paths[task][variation] = gold_path(seat.simulator, task, variation, resolve(("easy",), task))
+                    paths[task][missing] = gold_path(seat.simulator, task, missing, resolve(("easy",), task))
     finally:
         seat.leave()
     size = write(paths, options.out)

@@ -48,18 +48,22 @@ class SearchEnv(World):
     ``info`` is that of every ``World``, with ``question_id``, ``kind``, ``searches`` (how many so far) and, after the
     answer, ``answers`` (all that are accepted). ``won`` is an exact match, ``score`` the chosen measure.
 
-    ```
-    Question: Who was the teacher of the author of the novel The Silent Orchard?
-    > <search>The Silent Orchard</search>
-    1. The Silent Orchard: The Silent Orchard is a novel of 1899 by Ada Belmar. …
-    > <search>Ada Belmar</search>
-    1. Ada Belmar: Ada Belmar was a poet, born in 1860 in Norvale. … She studied under Emil Toran.
-    > <answer>Emil Toran</answer>
+    >>> env = gym.make("agentropy/Search-v0", k=1).unwrapped
+    >>> observation, info = env.reset(seed=0)
+    >>> print(observation)
+    Question: In which city was the teacher of Irma Loravek born?
+    >>> for action in env.expert():
+    ...     print(f"> {action}\\n{env.step(action)[0]}")
+    > <search>Irma Loravek</search>
+    1. Irma Loravek: Irma Loravek (born 1890 in Jorvan) was a surgeon. ... She studied under Rosa Selenfel.
+    > <search>Rosa Selenfel</search>
+    1. Rosa Selenfel: Born in Galandan in 1857, Rosa Selenfel was an architect ...
+    > <answer>Galandan</answer>
     Correct.
-    ```
     """
 
     has_expert = True
+    free_text = True
     instructions = INSTRUCTIONS
 
     def __init__(

@@ -16,7 +16,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import httpx
@@ -37,6 +37,8 @@ _OPENINGS = 3
 """How often to ask for a session whose process died meanwhile."""
 _GOODBYE_SECONDS = 2.0
 _LONGEST_PAUSE = 2.0
+_KEEP_SECONDS = 60.0
+"""How long an idle socket is kept: less than the server does."""
 _GATEWAY = (502, 504)
 
 
@@ -81,12 +83,16 @@ class Connection:
         self._server: str | None = None
         """The run of the server that answered last."""
         self._pauses = random.Random(secrets.randbits(64))
-        self._client = httpx.Client(
-            base_url=url,
-            headers={} if token is None else {"authorization": f"Bearer {token}"},
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=60.0),
-            trust_env=not is_loopback(parsed.host.strip("[]")),
-        )
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "headers": {} if token is None else {"authorization": f"Bearer {token}"},
+            "limits": httpx.Limits(keepalive_expiry=_KEEP_SECONDS),
+            "trust_env": not is_loopback(parsed.host.strip("[]")),
+            "verify": httpx.create_ssl_context() if parsed.scheme == "https" else False,
+        }
+        self._idle: list[httpx.Client] = []
+        """One socket each: with many in one pool, httpx looks through all of them for every request."""
+        self._made: list[httpx.Client] = []
 
     def send(
         self,
@@ -114,9 +120,23 @@ class Connection:
             UnreachableError: no answer, or only that the server is full.
         """
         self._bury()
+        with self._client() as client:
+            return self._send(client, method, path, seconds, body, form, accept, query)
+
+    def _send(
+        self,
+        client: httpx.Client,
+        method: str,
+        path: str,
+        seconds: float,
+        body: bytes,
+        form: str,
+        accept: str,
+        query: Mapping[str, str] | None,
+    ) -> httpx.Response:
         start = time.monotonic()
         pause = 0.05
-        request = self._client.build_request(
+        request = client.build_request(
             method, path, content=body, params=query, headers={"content-type": form, "accept": accept}
         )
         attempt = min(seconds, _ATTEMPT_SECONDS)
@@ -126,7 +146,7 @@ class Connection:
         while True:
             patience = seconds
             try:
-                response = self._client.send(request)
+                response = client.send(request)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}".rstrip(": ")
                 if not self._answered:
@@ -145,6 +165,19 @@ class Connection:
             time.sleep(min(left, wait * self._pauses.uniform(0.5, 1.0)))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
+    @contextlib.contextmanager
+    def _client(self) -> Iterator[httpx.Client]:
+        """Lend a client that nobody uses."""
+        try:
+            client = self._idle.pop()
+        except IndexError:
+            client = httpx.Client(**self._options)
+            self._made.append(client)
+        try:
+            yield client
+        finally:
+            self._idle.append(client)
+
     @property
     def server(self) -> str | None:
         """The run of the server that answered last; another one after it was started again."""
@@ -158,7 +191,8 @@ class Connection:
         """Close a session, if the server can be reached; return whether it could."""
         self.open.discard(name)
         try:
-            self._client.delete(f"/v1/sessions/{name}", timeout=_GOODBYE_SECONDS)
+            with self._client() as client:
+                client.delete(f"/v1/sessions/{name}", timeout=_GOODBYE_SECONDS)
         except httpx.HTTPError:
             return False
         return True
@@ -174,7 +208,8 @@ class Connection:
         for name in list(self.open):
             if not self.end(name):
                 break
-        self._client.close()
+        for client in self._made:
+            client.close()
 
 
 _connections: dict[tuple[int, str, str | None], Connection] = {}

@@ -44,6 +44,7 @@ def understand(text: str, commands: Collection[str]) -> str | None:
         return None
     plain = _plain(text)
     plain = _WHOLE.get(plain, plain)
+    sourceless = plain.startswith(("take ", "get "))
     for start, verb in _STARTS:
         if plain.startswith(start):
             plain = verb + plain.removeprefix(start)
@@ -57,7 +58,7 @@ def understand(text: str, commands: Collection[str]) -> str | None:
             for verb in ("put", "insert"):
                 if (command := f"{verb} {item}{theirs}{place}") in known:
                     return known[command]
-    if plain.startswith("take "):
+    if sourceless:
         whole = [command for name, command in known.items() if name.startswith(f"{plain} from ")]
         return whole[0] if len(whole) == 1 else None
     return None

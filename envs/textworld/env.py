@@ -52,7 +52,25 @@ class TextWorldEnv(World):
     ``info`` is that of every ``World``, with ``admissible`` and ``lost``; ``goal`` is the objective, ``score`` the
     share of the game's points.
 
-    >>> env = gymnasium.make("agentropy/TextWorld-v0", challenge="cooking", recipe=2, cook=True)  # doctest: +SKIP
+    Where TextWorld's two engines differ, this is the compiled game: only what the game itself calls a loss ends the
+    episode, and "prepare meal" waits for every ingredient, prepared as the recipe says. Its expert plays TextWorld's
+    walkthrough, and plans over the true facts once the agent has left that.
+
+    An episode, shortened::
+
+        You are hungry! Let's cook a delicious meal. Check the cookbook in the kitchen for the recipe. ...
+        > examine cookbook
+        You open the copy of "Cooking: A Modern Approach (3rd Ed.)" and start reading: ...
+        > take carrot from counter
+        You take the carrot from the counter.
+
+        Your score has just gone up by one point.
+        > cook carrot with oven
+        You roasted the carrot. ...
+        > eat meal
+        You eat the meal. Not bad. ...
+
+        *** The End ***
     """
 
     has_expert = True

@@ -191,7 +191,7 @@ class FileGames:
         self._files = {split: _find(given[split]) for split in SPLITS if split in given}
         self.splits = tuple(self._files)
         if not self.splits:
-            raise UsageError("games is empty: name at least one .json or .z8 file")
+            raise UsageError("games names no split: give at least one of train, valid and test its files")
 
     def tasks(self, split: str) -> Iterable[str]:
         """Return the ids of a split."""
@@ -227,6 +227,8 @@ def _find(given: object) -> dict[str, Path]:
                 raise UsageError(f"two games are called {name!r}: {other} and {path}; rename one")
             if other is None or path.suffix == ".json":
                 found[name] = path
+    if not found:
+        raise UsageError("games names no file: name at least one .json or .z8 game")
     return dict(sorted(found.items()))
 
 

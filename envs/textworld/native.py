@@ -2,6 +2,9 @@
 
 - ``NativeGame``: a story, ready to play; it offers what ``Playable`` asks for.
 - ``State``: a point of an episode; never changed, and a few hundred bytes when pickled.
+
+The order of names in lists is that of Inform's object tree, where what was moved last comes first. Quests are checked
+as the compiled game does after each turn, so a failed quest ends the game only where the game says so.
 """
 
 from __future__ import annotations

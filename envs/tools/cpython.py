@@ -68,8 +68,7 @@ class CPythonInterpreter(Interpreter):
     def run(self, code: str) -> Ran:
         try:
             child = self._ready()
-        except EnvironmentFailedError:
-            self.close()
+        except _NotRepeatedError:
             self._cells = Cells()
             return Ran("InterpreterError: the variables of earlier calls are lost; nothing was run", False)
         printed, error, fate = child.run(code, self.time_limit)
@@ -82,6 +81,9 @@ class CPythonInterpreter(Interpreter):
 
     def clear(self) -> None:
         self._cells = Cells()
+        if self._child is not None and self._at.codes:
+            self.close()
+            self._child, self._at = self._new(), Cells()  # starts while the agent reads its next task
 
     def save(self) -> Cells:
         return self._cells
@@ -101,7 +103,8 @@ class CPythonInterpreter(Interpreter):
         if self._child is not None and (moved or not self._child.alive()):
             self.close()
         if self._child is None:
-            self._child, self._at = _Child(self.memory_mb << 20), Cells()
+            self._child, self._at = self._new(), Cells()
+        self._child.greet()
         if self._at != self._cells:
             for code in self._cells.codes[len(self._at.codes) :]:
                 printed, error, fate = self._child.run(code, self.time_limit * 2)
@@ -110,9 +113,16 @@ class CPythonInterpreter(Interpreter):
                     break
             if self._at != self._cells:
                 self.close()
-                raise EnvironmentFailedError("the code of this episode did not print the same when it was run again")
+                raise _NotRepeatedError("the code of this episode did not print the same when it was run again")
         self._at = self._cells
         return self._child
+
+    def _new(self) -> _Child:
+        return _Child(self.memory_mb << 20)
+
+
+class _NotRepeatedError(EnvironmentFailedError):
+    """Code that was run again to come back to a point led to another."""
 
 
 class _Child:
@@ -145,10 +155,20 @@ class _Child:
         self._owner = os.getpid()
         pipes = self._requests, self._replies, self._output
         self._end = weakref.finalize(self, _end, self._process, pipes, self._folder, self._owner)
-        hello = self._converse(b"", 4, _START_SECONDS)[0]
-        if b"Landlock" not in hello or b"seccomp" not in hello:
-            self.close()
-            raise EnvironmentFailedError("the Python interpreter could not be confined, so it was not started")
+        self._greeted = False
+
+    def greet(self) -> None:
+        """Wait until it is confined.
+
+        Raises:
+            EnvironmentFailedError: it could not be.
+        """
+        if not self._greeted:
+            hello = self._converse(b"", 4, _START_SECONDS)[0]
+            if b"Landlock" not in hello or b"seccomp" not in hello:
+                self.close()
+                raise EnvironmentFailedError("the Python interpreter could not be confined, so it was not started")
+            self._greeted = True
 
     _requests: int
     _replies: int

@@ -50,15 +50,17 @@ class ToolsEnv(World):
     ``info`` is that of every ``World``, with ``tool_calls``, ``tool_errors`` (calls that failed), ``format_errors``
     (actions that could not be read), ``answer`` and ``sandbox``, what confines the interpreter.
 
-    An episode::
-
-        Numbers: 61, 8, 94, 35, 52, 77. What is the sum of the even numbers?
-        > <python>print(sum(v for v in [61, 8, 94, 35, 52, 77] if v % 2 == 0))</python>
-        <result>
-        154
-        </result>
-        > <answer>154</answer>
-        The answer is right.
+    >>> env = gym.make("agentropy/Tools-v0")
+    >>> print(env.reset(options={"task": "numbers/train-000002"})[0])
+    Numbers: 32, 56, 40, 4, 32, 55, 57, 16, 71, 53, 63, 38. What is the sum of the squares?
+    >>> print(env.step("<python>sum(n * n for n in [32, 56, 40, 4, 32, 55, 57, 16, 71, 53, 63, 38])</python>")[0])
+    <result>
+    26593
+    </result>
+    >>> observation, reward, terminated, truncated, info = env.step("<answer>26593</answer>")
+    >>> print(observation, reward, terminated)
+    The answer is right. 1.0 True
+    >>> env.close()
     """
 
     splits = SPLITS
@@ -164,6 +166,7 @@ class ToolsEnv(World):
         if not self._tools:
             raise UsageError(f"there are no tools; tools= takes {', '.join(BUILT_IN)}, functions and Tool objects")
         self.instructions = describe_tools(self._tools, format)
+        self._split = split
         self._task: Task
         self._progress = _Progress()
 
@@ -195,7 +198,7 @@ class ToolsEnv(World):
         return self._source.list(split)
 
     def _begin(self, split: str, task: str) -> str:
-        self._task = self._source.load(split, task)
+        self._split, self._task = split, self._source.load(split, task)
         self._progress = _Progress()
         for tool in self._tools.values():
             tool.clear()
@@ -204,8 +207,7 @@ class ToolsEnv(World):
     def _act(self, action: str) -> Turn:
         said = parse(action, self._tools, self._format)
         if isinstance(said, Answer):
-            assert self._at is not None
-            score = self._source.score(self._at[0], self._task, said.text)
+            score = self._source.score(self._split, self._task, said.text)
             self._progress = replace(self._progress, answer=said.text[: self._max_output], score=score)
             return Turn(_verdict(score), self.reward_scale * score, over=True)
         results = [item.message if isinstance(item, Mistake) else self._make(item) for item in said]
@@ -288,7 +290,7 @@ class ToolsEnv(World):
         if any(tool.replayed for tool in self._tools.values()):
             super()._load(split, task, state)
             return
-        self._task = self._source.load(split, task)
+        self._split, self._task = split, self._source.load(split, task)
         self._progress, states = state
         for name, tool in self._tools.items():
             tool.load(states.get(name))

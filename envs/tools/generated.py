@@ -15,7 +15,7 @@ from datetime import date, timedelta
 from fractions import Fraction
 
 from ...errors import UsageError, nearest
-from .tasks import Task, TaskSource, in_split
+from .tasks import Task, TaskSource, in_split, kind_and_number, numbered
 
 Draft = tuple[str, str, tuple[tuple[str, str], ...]]
 """Question, answer, calls."""
@@ -30,7 +30,7 @@ _WORDS = (  # noqa: SIM905
 
 
 class GeneratedTasks(TaskSource):
-    """Tasks of several kinds in turn, named ``kind/number``."""
+    """Tasks of several kinds in turn, named ``kind/split-number``."""
 
     def __init__(self, difficulty: int, kinds: Sequence[str] | None, counts: Mapping[str, int], seed: int) -> None:
         """Take the knobs.
@@ -49,12 +49,11 @@ class GeneratedTasks(TaskSource):
         self._difficulty, self._kinds, self._counts, self._seed = difficulty, chosen, counts, seed
 
     def list(self, split: str) -> Iterable[str]:
-        count, kinds = self._counts[split], self._kinds
-        return (f"{kinds[number % len(kinds)]}/{number // len(kinds):06d}" for number in range(count))
+        return numbered(self._kinds, split, self._counts[split])
 
     def load(self, split: str, task: str) -> Task:
-        kind, _, number = task.partition("/")
-        generator = random.Random(f"{self._seed} {self._difficulty} {split} {kind} {int(number)}")
+        kind, number = kind_and_number(task)
+        generator = random.Random(f"{self._seed} {self._difficulty} {split} {kind} {number}")
         for _ in range(_TRIES):
             question, answer, calls = KINDS[kind](generator, self._difficulty)
             if in_split(question, split):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import ctypes
 import datetime
 import importlib.util
 import os
@@ -56,6 +57,11 @@ class MontyInterpreter(Interpreter):
         self._lease: Any = None
 
     def run(self, code: str) -> Ran:
+        if _forked():  # Monty's own threads stayed in the process that this one was forked from
+            from .monty_relay import relay
+
+            ran, self._state = relay(self.time_limit, self.memory_mb, self.max_output).run(self._state, code)
+            return ran
         printed, error, fate = self._attempt(code)
         if fate == _CRASHED:  # perhaps the worker had died before, while it waited
             printed, error, fate = self._attempt(code)
@@ -159,6 +165,11 @@ class _Session:
     def dump(self) -> bytes:
         return self._session.dump()
 
+    @property
+    def held(self) -> Any:
+        """The binding's object."""
+        return self._session
+
     def leave(self) -> None:
         session, self._session, self.state = self._session, None, None
         if session is not None:
@@ -171,6 +182,8 @@ class _Workers:
     def __init__(self, seconds: float, memory: int) -> None:
         from pydantic_monty import Monty
 
+        global _started_in
+        _started_in = os.getpid()
         self.users = 0
         self._limits = {
             "max_feed_duration_secs": seconds,
@@ -189,14 +202,14 @@ class _Workers:
         )
         self._pool.__enter__()
         self._idle: list[_Session] = []
-        self._made = 0
+        self._all: list[_Session] = []
 
     def take(self, state: bytes) -> _Session:
         """Return a session that is at ``state``; it belongs to the caller until ``give``."""
         from pydantic_monty import MontyError
 
         with self._condition:
-            while not self._idle and self._made >= _WORKERS:
+            while not self._idle and len(self._all) >= _WORKERS:
                 self._condition.wait()
             session = next((one for one in self._idle if one.state is state), None)
             if session is not None:
@@ -205,7 +218,7 @@ class _Workers:
                 session = self._idle.pop(0)  # the one that was used longest ago
             else:
                 session = _Session(self._pool, self._limits)
-                self._made += 1
+                self._all.append(session)
         try:
             try:
                 session.at(state)
@@ -226,6 +239,11 @@ class _Workers:
         with self._condition:
             self._idle.append(session)
             self._condition.notify()
+
+    def never_free(self) -> None:
+        """Keep what belongs to another process: freeing it here would end that process's workers."""
+        for thing in (self._pool, *(session.held for session in self._all)):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
     def close(self) -> None:
         for session in self._idle:
@@ -253,6 +271,22 @@ class _Launcher:
 
 _lock = threading.Lock()
 _shared: dict[tuple[int, float, int], _Workers] = {}
+_started_in: int | None = None
+"""The process that has used Monty, if this one or one that it was forked from has."""
+
+
+def _forked() -> bool:
+    return _started_in is not None and _started_in != os.getpid()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()
+    for workers in _shared.values():
+        workers.never_free()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _share(key: tuple[int, float, int]) -> _Workers:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ...errors import UsageError, nearest
 from ..extras import require
-from .tasks import SPLITS, Task, TaskSource, in_split
+from .tasks import SPLITS, Task, TaskSource, in_split, kind_and_number, numbered
 
 DEFAULT = ("basic_arithmetic", "chain_sum", "gcd", "lcm", "prime_factorization", "simple_equations")
 _TRIES = 64
@@ -20,7 +20,7 @@ _SIZE = 1 << 30
 
 
 class ReasoningTasks(TaskSource):
-    """Tasks named ``dataset/number``; answers are scored by the data set itself, in parts where it does so."""
+    """Tasks named ``dataset/split-number``; answers are scored by the data set itself, in parts where it does so."""
 
     def __init__(self, names: Sequence[str] | None, counts: Mapping[str, int], seed: int) -> None:
         """Open the data sets.
@@ -42,8 +42,7 @@ class ReasoningTasks(TaskSource):
         self._last: tuple[tuple[str, str], dict[str, Any]] | None = None
 
     def list(self, split: str) -> Iterable[str]:
-        count, names = self._counts[split], self._names
-        return (f"{names[number % len(names)]}/{number // len(names):06d}" for number in range(count))
+        return numbered(self._names, split, self._counts[split])
 
     def load(self, split: str, task: str) -> Task:
         entry = self._entry(split, task)
@@ -53,7 +52,7 @@ class ReasoningTasks(TaskSource):
         entry = self._entry(split, task.id)
         with untouched_random():
             try:
-                value = float(self._sets[task.id.partition("/")[0]].score_answer(answer=answer, entry=entry))
+                value = float(self._sets[kind_and_number(task.id)[0]].score_answer(answer=answer, entry=entry))
             except Exception:  # its checkers parse answers, and raise for some that they cannot
                 value = 0.0
         return min(1.0, max(0.0, value))
@@ -64,8 +63,8 @@ class ReasoningTasks(TaskSource):
         return self._last[1]
 
     def _find(self, split: str, task: str) -> dict[str, Any]:
-        name, _, number = task.partition("/")
-        block = (int(number) * len(SPLITS) + SPLITS.index(split)) * _TRIES
+        name, number = kind_and_number(task)
+        block = (number * len(SPLITS) + SPLITS.index(split)) * _TRIES
         with untouched_random():
             for place in range(block, block + _TRIES):
                 entry = self._sets[name][place]

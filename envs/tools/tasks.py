@@ -3,7 +3,8 @@
 - ``Task``: a question, its answer, and calls of tools that lead to it.
 - ``TaskSource``: what each source offers. ``open_source``: open one.
 - ``SOURCES``, ``SPLITS``: their names.
-- ``bucket``: which tenth of all questions one falls into, which keeps splits disjoint.
+- ``numbered``, ``kind_and_number``: the ids of tasks that are generated.
+- ``bucket``, ``in_split``: which tenth of all questions one falls into, which keeps splits disjoint.
 """
 
 from __future__ import annotations
@@ -108,6 +109,17 @@ def open_source(
     from .reasoning import ReasoningTasks
 
     return ReasoningTasks(kinds, counts, task_seed)
+
+
+def numbered(kinds: Sequence[str], split: str, count: int) -> Iterable[str]:
+    """Return ids such as ``days/train-000012`` for ``count`` tasks of all kinds in turn."""
+    return (f"{kinds[number % len(kinds)]}/{split}-{number // len(kinds):06d}" for number in range(count))
+
+
+def kind_and_number(task: str) -> tuple[str, int]:
+    """Undo ``numbered``."""
+    kind, _, rest = task.partition("/")
+    return kind, int(rest.partition("-")[2])
 
 
 def bucket(question: str) -> int:

@@ -1,4 +1,4 @@
-"""ScienceWorld as a Gymnasium environment: episodes, rewards, splits, the expert, snapshots, and what upstream plays."""
+"""ScienceWorld as a Gymnasium environment: episodes, rewards, splits, expert, snapshots, equality with upstream."""
 
 import json
 import lzma
@@ -186,6 +186,17 @@ def test_help_lists_forms_and_things_without_a_step_of_the_world(env):
     assert "agent" in env.step(" Objects ")[0].split("\n\t")
     assert env.step("task")[0].endswith(env.step("look around")[4]["goal"])
     assert env._seat.simulator._java.call(env._seat.game.interface, "getCurIterations") == 0
+
+
+def test_an_ambiguous_request_waits_for_a_number(env):
+    start(env, "test-conductivity/0183")
+    for answer, understood in (("1", True), ("the second", False)):
+        observation, _, _, _, info = env.step("look at wood cup")
+        assert observation.startswith("Ambiguous request") and not info["invalid"]
+        assert env.admissible()[:2] == ("0", "1")
+        observation, _, _, _, info = env.step(answer)
+        assert info["invalid"] is not understood
+        assert ("wood cup" in observation) is understood
 
 
 def test_admissible_actions_are_on_demand_and_change_nothing():

@@ -186,7 +186,9 @@ time.sleep(60)
 def test_nothing_outlives_the_python_process(end, tmp_path):
     """Killed while a fork of it lives on, or at its own end; and no Java is needed on the path."""
     environment = {**os.environ, "PATH": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", PARENT, end], stdout=subprocess.PIPE, text=True, env=environment) as it:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, end], stdout=subprocess.PIPE, text=True, env=environment
+    ) as it:
         assert it.stdout is not None
         pid, child = map(int, it.stdout.readline().split())
         assert end == "exit" or Path(f"/proc/{pid}").exists()

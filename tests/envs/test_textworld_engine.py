@@ -4,7 +4,9 @@ import random
 
 import pytest
 
-textworld = pytest.importorskip("textworld")
+pytest.importorskip("textworld")
+
+import textworld
 
 from agentropy.envs.textworld.challenges import recipe
 from agentropy.envs.textworld.compiling import compile_story

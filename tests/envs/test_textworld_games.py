@@ -1,5 +1,6 @@
 """Where TextWorld's games come from: the generator, its cache, and the user's own files."""
 
+import contextlib
 import json
 import os
 import random
@@ -21,14 +22,13 @@ from agentropy.envs.textworld.env import TextWorldEnv
 from agentropy.envs.textworld.storing import folder, load_story, save_story
 from agentropy.errors import EnvironmentFailedError, UsageError
 
-# Of the games that `tw-make`'s own functions in textworld 1.7.0 return for these options and seed 3, found without any
-# code of this package but `digest`.
+pytestmark = pytest.mark.filterwarnings("ignore:Game .* is not fully supported")
 SCRIPT = """
 import sys
 from agentropy.envs.textworld.challenges import recipe
 from agentropy.envs.textworld.compiling import digest
 from agentropy.envs.textworld.upstream import make_game
-for name, options in (("custom", {}), ("coin_collector", {"level": 4}), ("cooking", {"recipe": 2, "cut": True})):
+for name, options in (("custom", {}), ("cooking", {"recipe": 2, "cut": True})):
     print(digest(make_game(recipe(name, options), 3)))
 """
 
@@ -45,7 +45,7 @@ def test_games_depend_on_recipe_and_seed_alone(tmp_path):
     (tmp_path / "textworld_data" / "logic").mkdir(parents=True)  # TextWorld would read its rules from here
     (tmp_path / "textworld_data" / "text_grammars").mkdir()
     first = subprocess_digests(0, Path.cwd())
-    assert len(set(first.split())) == 3
+    assert len(set(first.split())) == 2
     assert subprocess_digests(1, Path.cwd()) == first
     assert subprocess_digests(2, tmp_path) == first
 
@@ -55,12 +55,9 @@ def test_games_depend_on_recipe_and_seed_alone(tmp_path):
     [
         ("coin_collector", {"level": 4}),
         ("cooking", {"recipe": 2, "take": 2, "go": 6, "open": True, "cook": True, "cut": True}),
-        ("simple", {"rewards": "balanced"}),
     ],
 )
 def test_walkthroughs_found_without_compiling_are_those_of_the_compiled_game(monkeypatch, name, options):
-    import contextlib
-
     quick = digest(upstream.make_game(recipe(name, options), 3))
     monkeypatch.setattr(upstream, "_quicker", contextlib.nullcontext)
     assert digest(upstream.make_game(recipe(name, options), 3)) == quick
@@ -215,10 +212,12 @@ def test_files_that_cannot_be_played_say_why(tmp_path, name, content, message):
 
 
 def test_games_that_are_not_there_say_so(own, tmp_path):
+    (empty := tmp_path / "empty").mkdir()
     for given, message in (
         (tmp_path / "no.z8", "no game at"),
-        (tmp_path, "has no game: TextWorld plays .json and .z8 files"),
-        ([], "games is empty|no game"),
+        (empty, "has no game: TextWorld plays .json and .z8 files"),
+        ([], "names no file"),
+        ({}, "names no split"),
         (3, "must be a path"),
         ({"dev": own}, "unknown split 'dev'"),
         ([own / "first.json", _copy(own / "second.json", tmp_path / "other" / "first.json")], "two games are called"),

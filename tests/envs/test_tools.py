@@ -45,7 +45,7 @@ def play_expert(env: ToolsEnv) -> tuple[float, list[str]]:
 
 def test_an_episode_as_the_docstring_tells_it(make):
     env = make(kinds=["numbers"])
-    env.reset(options={"task": "numbers/000000"})
+    env.reset(options={"task": "numbers/train-000000"})
     observation, reward, terminated, truncated, info = env.step(
         "Let me see. <python>print(sum(v for v in [61, 8, 94, 35, 52, 77] if v % 2 == 0))</python>"
     )
@@ -71,13 +71,13 @@ def test_both_interpreters_give_the_expert_the_same_results(make, interpreter):
     env, reference = make(interpreter=interpreter), make()
     for kind in ("table", "letters", "days", "sequence"):
         for one in (env, reference):
-            one.reset(options={"task": f"{kind}/000001"})
+            one.reset(options={"task": f"{kind}/train-000001"})
         assert play_expert(env) == play_expert(reference)
 
 
 def test_the_expert_finds_back_after_wrong_turns(make):
     env = make(kinds=["table"])
-    env.reset(options={"task": "table/000002"})
+    env.reset(options={"task": "table/train-000002"})
     for action in (
         "<python>rows = total = None</python>",
         "nonsense",
