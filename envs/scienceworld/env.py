@@ -46,11 +46,23 @@ class ScienceWorldEnv(World):
     All environments of a process play in one Java process, which ends with the last of them. Its Java objects take at
     most 256 MiB (``$AGENTROPY_SCIENCEWORLD_MEMORY`` says otherwise), enough for a hundred episodes at once.
 
-        >>> env = gymnasium.make("agentropy/ScienceWorld-v0")  # doctest: +SKIP
-        >>> env.reset(options={"task": "boil/0003"})[0]  # doctest: +SKIP
-        "Your task is to boil water. ..."
-        >>> env.step("teleport to kitchen")[0]  # doctest: +SKIP
-        'You teleport to the kitchen.'
+    >>> env = gym.make("agentropy/ScienceWorld-v0").unwrapped
+    >>> observation, info = env.reset(options={"task": "find-plant/0003"})
+    >>> print(info["goal"])
+    Your task is to find a(n) plant. First, focus on the thing. Then, move it to the orange box in the kitchen.
+    >>> for action in env.expert():
+    ...     print(f"> {action}: {' '.join(env.step(action)[0].split())}")
+    > open door to greenhouse: The door is already open.
+    > go to greenhouse: You move to the greenhouse.
+    > look around: This room is called the greenhouse. In it, you see: ...
+    > focus on adult pea plant: You focus on the pea plant.
+    > pick up flower pot 7: You move the flower pot 7 to the inventory.
+    > open door to outside: The door is already open.
+    > go to outside: You move to the outside.
+    > open door to kitchen: The door is already open.
+    > go to kitchen: You move to the kitchen.
+    > move flower pot 7 containing pea plant and soil in inventory to orange box: You move the flower pot 7 ...
+    >>> env.close()
     """
 
     splits = catalogue.SPLITS
@@ -63,7 +75,7 @@ class ScienceWorldEnv(World):
         *,
         task_names: Sequence[str] | str | None = None,
         simplifications: str = "easy",
-        max_turns: int = 200,
+        max_turns: int = 800,
         reward: str = "dense",
         invalid_penalty: float = 0.0,
         list_admissible: bool = False,
@@ -78,7 +90,7 @@ class ScienceWorldEnv(World):
             simplifications: ``"easy"``, or any of the simulator's, separated by commas: ``teleportAction``,
                 ``noElectricalAction``, ``openDoors``, ``openContainers``, ``selfWateringFlowerPots``; ``""`` for none.
                 Without the electrical actions, four tasks are left out.
-            max_turns: actions before truncation, at least 1. The solutions take up to about 180; the simulator's own
+            max_turns: actions before truncation, at least 1. Some solutions take more than 700; the simulator's own
                 default of 100 counts the steps of its world, of which ``wait`` takes ten.
             reward: ``"dense"`` pays each change of the score when it happens, ``"final"`` the score at the end; both
                 in hundredths. A task may have some score from the start, which only the latter pays.

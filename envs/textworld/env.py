@@ -56,21 +56,18 @@ class TextWorldEnv(World):
     episode, and "prepare meal" waits for every ingredient, prepared as the recipe says. Its expert plays TextWorld's
     walkthrough, and plans over the true facts once the agent has left that.
 
-    An episode, shortened::
-
-        You are hungry! Let's cook a delicious meal. Check the cookbook in the kitchen for the recipe. ...
-        > examine cookbook
-        You open the copy of "Cooking: A Modern Approach (3rd Ed.)" and start reading: ...
-        > take carrot from counter
-        You take the carrot from the counter.
-
-        Your score has just gone up by one point.
-        > cook carrot with oven
-        You roasted the carrot. ...
-        > eat meal
-        You eat the meal. Not bad. ...
-
-        *** The End ***
+    >>> env = gym.make("agentropy/TextWorld-v0", challenge="cooking", recipe=1, take=1, cook=True).unwrapped
+    >>> observation, info = env.reset(seed=0)
+    >>> print(info["goal"])
+    You are hungry! Let's cook a delicious meal. Check the cookbook in the kitchen for the recipe. ...
+    >>> for action in env.expert():
+    ...     print(f"> {action}: {' '.join(env.step(action)[0].split())}")
+    > inventory: You are carrying nothing.
+    > examine cookbook: You open the copy of "Cooking: A Modern Approach (3rd Ed.)" and start reading: ...
+    > take red hot pepper from counter: You take the red hot pepper from the counter. Your score has just gone up ...
+    > cook red hot pepper with stove: You fried the red hot pepper. Your score has just gone up by one point.
+    > prepare meal: Adding the meal to your inventory. Your score has just gone up by one point.
+    > eat meal: You eat the meal. Not bad. Your score has just gone up by one point. *** The End *** ...
     """
 
     has_expert = True

@@ -65,6 +65,7 @@ class ToolsEnv(World):
 
     splits = SPLITS
     has_expert = True
+    free_text = True
 
     def __init__(
         self,

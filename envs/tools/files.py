@@ -116,7 +116,7 @@ def _kind(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if _kind(path) == ".parquet":
-        require("a Parquet file", "tools", {"pyarrow": "pyarrow"})
+        require("a Parquet file", "parquet", {"pyarrow": "pyarrow"})
         import pyarrow.parquet
 
         yield from pyarrow.parquet.read_table(path).to_pylist()

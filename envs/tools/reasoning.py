@@ -29,7 +29,7 @@ class ReasoningTasks(TaskSource):
             MissingDependencyError: reasoning-gym is not installed.
             UsageError: there is no such data set.
         """
-        require("source 'reasoning_gym'", "tools", {"reasoning_gym": "reasoning-gym"})
+        require("source 'reasoning_gym'", "reasoning-gym", {"reasoning_gym": "reasoning-gym"})
         self._names = tuple(dict.fromkeys([names] if isinstance(names, str) else names or DEFAULT))
         with untouched_random():
             from reasoning_gym.factory import DATASETS, create_dataset

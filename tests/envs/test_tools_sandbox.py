@@ -15,7 +15,7 @@ pytest.importorskip("pydantic_monty")
 
 from agentropy.benchmarks.sandbox import ATTACKS, SECRET, TOKEN, processes_below
 from agentropy.envs.tools import janitor, sandbox_lockdown
-from agentropy.envs.tools.interpreters import INTERPRETERS, Interpreter, describe_sandboxes, make_interpreter
+from agentropy.envs.tools.interpreters import INTERPRETERS, Interpreter, Ran, describe_sandboxes, make_interpreter
 from agentropy.errors import EnvironmentFailedError, UsageError
 
 confined = pytest.mark.skipif(not sandbox_lockdown.support(), reason="this machine has no Landlock or no seccomp")
@@ -23,7 +23,8 @@ confined = pytest.mark.skipif(not sandbox_lockdown.support(), reason="this machi
 
 @pytest.fixture(params=[pytest.param("monty"), pytest.param("cpython", marks=confined)])
 def interpreter(request) -> Interpreter:
-    made = make_interpreter(request.param, time_limit=0.4, max_output=500)
+    # Only attacks are hurried; what should work gets the time that a busy machine takes.
+    made = make_interpreter(request.param, time_limit=20 if request.param == "cpython" else 0.5, max_output=500)
     yield made
     made.close()
 
@@ -33,9 +34,19 @@ def python() -> Interpreter:
     """CPython, for attacks that Monty has no words for."""
     if not sandbox_lockdown.support():
         pytest.skip("this machine has no Landlock or no seccomp")
-    made = make_interpreter("cpython", time_limit=0.4, max_output=500)
+    made = make_interpreter("cpython", time_limit=20, max_output=500)
     yield made
     made.close()
+
+
+def briefly(interpreter: Interpreter, code: str) -> Ran:
+    """Run code that may never end. Monty's workers are bound to their limit, which is short already."""
+    usual = interpreter.time_limit
+    interpreter.time_limit = min(usual, 0.5)
+    try:
+        return interpreter.run(code)
+    finally:
+        interpreter.time_limit = usual
 
 
 @pytest.fixture
@@ -113,7 +124,7 @@ def test_an_attack_fails_and_the_next_call_works(interpreter, attack, secret, li
     before = processes_below()
     folder = sorted(secret.parent.iterdir())
     port = listener.getsockname()[1]
-    ran = interpreter.run(ATTACKS[attack].format(secret=str(secret), parent=os.getpid(), port=port))
+    ran = briefly(interpreter, ATTACKS[attack].format(secret=str(secret), parent=os.getpid(), port=port))
     assert not ran.ok
     assert "Error" in ran.text and SECRET not in ran.text and len(ran.text) < 1200
     assert secret.read_text() == SECRET and sorted(secret.parent.iterdir()) == folder
@@ -123,7 +134,7 @@ def test_an_attack_fails_and_the_next_call_works(interpreter, attack, secret, li
 
 
 MESSAGES = {
-    "endless loop": "TimeoutError: stopped after 0.4 s",
+    "endless loop": "TimeoutError: stopped after 0.5 s",
     "endless output": "OutputError: stopped, the code printed too much",
     "memory bomb": "MemoryError",
     "unlimited recursion": "RecursionError",
@@ -132,16 +143,14 @@ MESSAGES = {
 
 @pytest.mark.parametrize("attack", MESSAGES)
 def test_the_message_says_which_limit_it_was(interpreter, attack):
-    # Monty ends output that is too much only with the time, CPython needs the time to fill its memory.
-    interpreter.time_limit = 0.4 if attack.startswith("endless") and interpreter.name == "monty" else 5.0
     if attack == "endless loop":
-        interpreter.time_limit = 0.4
+        interpreter.time_limit = 0.5
     assert MESSAGES[attack] in interpreter.run(ATTACKS[attack].format(secret="", parent=0, port=0)).text
 
 
 def test_a_stopped_call_is_undone(interpreter):
     interpreter.run("x = [1]")
-    ran = interpreter.run("x.append(2)\nwhile True:\n    pass")
+    ran = briefly(interpreter, "x.append(2)\nwhile True:\n    pass")
     assert ran.text.endswith("nothing of this call was kept")
     assert interpreter.run("x").text == "[1]"
 
@@ -170,7 +179,7 @@ def test_points_are_restored_anywhere(interpreter):
     assert interpreter.run("x.append(10)\nf()").text == "13"
     interpreter.load(point)
     assert interpreter.run("f()").text == "3"
-    other = make_interpreter(interpreter.name, time_limit=0.5, max_output=500)
+    other = make_interpreter(interpreter.name, time_limit=interpreter.time_limit, max_output=500)
     other.load(point)
     assert other.run("x.append(5)\nf()").text == "8"
     assert interpreter.run("f()").text == "3"
@@ -178,7 +187,7 @@ def test_points_are_restored_anywhere(interpreter):
 
 
 def test_interpreters_do_not_see_each_other(interpreter):
-    others = [make_interpreter(interpreter.name, time_limit=0.5) for _ in range(3)]
+    others = [make_interpreter(interpreter.name, time_limit=5) for _ in range(3)]
     for number, other in enumerate(others):
         other.run(f"x = {number}")
     assert [other.run("x").text for other in others] == ["0", "1", "2"]
@@ -356,10 +365,10 @@ OWN = "import os, sys\nmine = sys._getframe(1).f_locals\n"
     ],
 )
 def test_attacks_on_the_driver_reach_nobody_else(python, code):
-    assert python.run(code).text
+    assert briefly(python, code).text
     # Whoever rewrites the interpreter may lose what it held, and is told so; a clear one always works.
     for _ in range(3):
-        last = python.run("40 + 2").text
+        last = briefly(python, "40 + 2").text
         if last == "42":
             break
         assert "InterpreterError" in last or "TimeoutError" in last
@@ -514,6 +523,5 @@ def test_wrong_arguments_are_named(arguments, message):
 
 
 def test_the_disk_limit_is_the_sum_of_all_files(python):
-    python.time_limit = 5.0
     assert python.run(ATTACKS["fill the disk"].format()).text.startswith("DiskError: stopped, files may take 16 MiB")
     assert python.run("import os\nos.listdir('.')").text == "[]"
