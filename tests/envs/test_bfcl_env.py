@@ -76,16 +76,6 @@ def test_unknown_options_are_refused(option):
         BFCLEnv(**{option: "nonsense"})
 
 
-def test_an_episode_reads_as_its_docstring_says():
-    env = start("base/045")
-    said = [env._observation]
-    for action in env.expert():
-        said += [action, env.step(action)[0]]
-    shown = (BFCLEnv.__doc__ or "").split("task ``base/045``::")[1].split("``info``")[0]
-    expected = [line.strip().removeprefix("user:").removeprefix("agent:").strip() for line in shown.splitlines()]
-    assert [line for line in expected if line] == [line for text in said for line in text.splitlines()]
-
-
 @pytest.mark.parametrize("form", ["hermes", "json", "python"])
 def test_expert_wins_in_every_form(form):
     env = BFCLEnv("test", form=form)
