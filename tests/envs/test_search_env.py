@@ -22,7 +22,7 @@ from agentropy.envs.search.passages import Passage
 from agentropy.envs.search.retriever import Hit
 from agentropy.errors import UsageError
 
-INFO_KEYS = {"task", "split", "goal", "won", "score", "turn", "invalid", "question_id", "kind", "searches"}
+INFO_KEYS = {"free_text", "task", "split", "goal", "won", "score", "turn", "invalid", "question_id", "kind", "searches"}
 
 
 @pytest.fixture(scope="module")
