@@ -1,7 +1,8 @@
 """The parts of a run, built from its configuration.
 
 - ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
-- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``tasks_of``, ``prepare_device``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``prepare_device``.
+- ``tasks_of``, ``demonstrations_of``: the tasks of a split, and those that the expert has ready.
 - ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
 """
 
@@ -83,6 +84,14 @@ def tasks_of(config: EnvConfig, split: str) -> tuple[str, ...]:
     tasks = tuple(sorted(world.tasks(split)))  # type: ignore[attr-defined]
     world.close()
     return tasks
+
+
+def demonstrations_of(config: EnvConfig, split: str, tasks: Sequence[str]) -> tuple[str, ...]:
+    """Those of ``tasks`` that the world's expert can start at once; all where it does not say."""
+    world = open_world(config, split).unwrapped
+    listed = frozenset(world.demonstrations(split) if hasattr(world, "demonstrations") else tasks)
+    world.close()
+    return tuple(task for task in tasks if task in listed) or tuple(tasks)
 
 
 def make_pool(config: EnvConfig, split: str, num_envs: int, **kwargs: Any) -> EnvPool:

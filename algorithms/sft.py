@@ -19,7 +19,7 @@ from ..agents.policies import ExpertPolicy
 from ..agents.rollout import Progress, RolloutTask
 from ..agents.tree import Tree
 from ..config import RunConfig
-from .assembly import Agent, make_pool, play_tasks, seed_from, select_tasks
+from .assembly import Agent, demonstrations_of, make_pool, play_tasks, seed_from, select_tasks
 from .batch import Minibatch
 from .learner import Learner, LearnerConfig
 
@@ -36,14 +36,15 @@ def collect_demonstrations(
     *,
     progress: Callable[[Progress], None] | None = None,
 ) -> list[Tree]:
-    """Let the expert play ``config.sft.tasks`` tasks, evenly spaced over ``tasks``.
+    """Let the expert play ``config.sft.tasks`` tasks, evenly spaced over those of ``tasks`` that it has ready.
 
     In the shares ``noise`` and ``slips`` of the turns it errs, which is not imitated, so that the model sees how the
     expert goes on after a mistake.
     """
+    ready = demonstrations_of(config.env, config.env.train_split, tasks)
     chosen = [
         RolloutTask(task, config.sft.episodes_per_task, seed_from(config.seed, 1, index))
-        for index, task in enumerate(select_tasks(tasks, config.sft.tasks))
+        for index, task in enumerate(select_tasks(ready, config.sft.tasks))
     ]
     slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
     with make_pool(config.env, config.env.train_split, slots, **config.sft.expert, expert_info=True) as pool:

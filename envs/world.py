@@ -196,6 +196,10 @@ class World(gymnasium.Env[str, str]):
             self._sorted[split] = tuple(sorted(self._list(split)))
         return self._sorted[split]
 
+    def demonstrations(self, split: str | None = None) -> tuple[str, ...]:
+        """Return those of ``tasks(split)`` that the expert can start at once: all, but where it must first search."""
+        return self.tasks(split)
+
     def tasks_hash(self, split: str | None = None) -> str:
         """Return a hash of ``tasks(split)``, to be reported with results: equal hashes are equal panels."""
         return hashlib.blake2b("\n".join(self.tasks(split)).encode(), digest_size=8).hexdigest()

@@ -354,3 +354,12 @@ def test_episodes_are_those_of_upstream(upstream, name, simplifications):
         if terminated:
             break
     env.close()
+
+
+def test_demonstrations_are_the_tasks_whose_solution_ships():
+    env = ScienceWorldEnv()
+    ready = env.demonstrations()
+    assert set(ready) < set(env.tasks()) and list(ready) == sorted(ready)
+    assert {task.partition("/")[0] for task in ready} == {task.partition("/")[0] for task in env.tasks()}
+    assert all(stored(name, int(number)) for name, _, number in (task.partition("/") for task in ready))
+    assert ScienceWorldEnv(simplifications="").demonstrations() == ScienceWorldEnv(simplifications="").tasks()
