@@ -8,6 +8,7 @@ Commands import what they need when they run, so that ``--help`` and wrong optio
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,9 @@ FLAGS = {
     "run-dir": ("run_dir", "folder of the run"),
     "device": ("device", "auto, cpu or cuda"),
 }
+
+_NUMBERS = frozenset({"steps", "seed"})
+"""Flags whose values are TOML; all others are text, also where they look like numbers or dates."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -155,7 +159,7 @@ def _configuration(parser: argparse.ArgumentParser, only: Sequence[str] = tuple(
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
     flags = [
-        f"{option}={value}"
+        f"{option}={value if flag in _NUMBERS else json.dumps(value, ensure_ascii=False)}"
         for flag, (option, _) in FLAGS.items()
         if (value := getattr(arguments, f"flag_{flag}", None)) is not None
     ]
@@ -171,7 +175,7 @@ def _resolve(arguments: argparse.Namespace) -> RunConfig:
 def _train(arguments: argparse.Namespace) -> int:
     from .config import to_toml
 
-    if arguments.resume and (arguments.config or _overrides(arguments)):
+    if arguments.resume and (arguments.config or _overrides(arguments) or arguments.dry_run):
         raise UsageError("--resume takes no other options: the run folder's config.toml holds them all")
     if not arguments.resume:
         config = _resolve(arguments)
@@ -227,7 +231,9 @@ def _agent_config(arguments: argparse.Namespace, name: str) -> tuple[RunConfig, 
 
     path, run = _checkpoint_of(name)
     base = arguments.config or (run / "config.toml" if run else None)
-    return load_config(base, _overrides(arguments)), path
+    # A model that no run made is a pretrained one: the defaults of small models are not for it.
+    model = [] if base else [f"model.path={json.dumps(path, ensure_ascii=False)}"]
+    return load_config(base, model + _overrides(arguments)), path
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -248,12 +254,17 @@ def _eval(arguments: argparse.Namespace) -> int:
 
 
 def _play(arguments: argparse.Namespace) -> int:
-    from .algorithms.play import play
-
     if arguments.agent in ("human", "expert", "random"):
         config, path = _resolve(arguments), None
     else:
         config, path = _agent_config(arguments, arguments.agent)
+    if arguments.dry_run:
+        from .config import to_toml
+
+        print(to_toml(config), end="")
+        return 0
+    from .algorithms.play import play
+
     return play(config, arguments.agent, arguments.split or config.env.eval_split, arguments.task, checkpoint=path)
 
 

@@ -243,6 +243,8 @@ class RunConfig(Section):
     @classmethod
     def _default_model_type(cls, data: Any) -> Any:
         """``[model]`` without a type is pretrained when it names a path, else small."""
+        if isinstance(data, dict):
+            data = {k: v.model_dump(exclude_unset=True) if isinstance(v, Section) else v for k, v in data.items()}
         if isinstance(data, dict) and isinstance(model := data.get("model"), dict) and "type" not in model:
             data = data | {"model": {"type": "pretrained" if "path" in model else "small", **model}}
         return data

@@ -124,7 +124,7 @@ class ChatFormat:
     def _instruction(self, info: Info) -> str:
         parts = [self._system]
         if world := info.get("instructions"):
-            parts.append(world)
+            parts.append(self._broken_up(world))
         if not info.get("free_text"):
             parts.append(ANSWER_THINK if self._think else ANSWER)
         return "\n".join(parts)
@@ -146,8 +146,12 @@ class ChatFormat:
         return text
 
     def _tokenise(self, before: str, content: str, after: str) -> tuple[int, ...]:
-        safe = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", content)
-        return tuple(self._tokenizer.encode(before + safe + after, add_special_tokens=False))
+        text = before + self._broken_up(content) + after
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def _broken_up(self, text: str) -> str:
+        """``text`` of the world's without special tokens."""
+        return self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}", text)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         # Llama 3 writes today's date unless it is given one: the same run must give the same tokens tomorrow.

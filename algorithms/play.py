@@ -65,7 +65,7 @@ def _chooser(config: RunConfig, agent: str, env: Any, checkpoint: str | None, co
     if agent == "expert":
         if not getattr(env, "has_expert", hasattr(env, "expert")):
             raise UsageError(f"'{config.env.id}' has no expert")
-        return announced(lambda observation, info: next(env.expert()))
+        return announced(lambda observation, info: _expert_action(env, info))
     if agent == "random":
         if not _lists(env):
             raise UsageError(f"'{config.env.id}' lists no commands to choose from: its actions are free text")
@@ -73,6 +73,13 @@ def _chooser(config: RunConfig, agent: str, env: Any, checkpoint: str | None, co
         return announced(lambda observation, info: str(generator.choice(_commands(env, info))))
     assert checkpoint is not None
     return announced(_model(config, checkpoint))
+
+
+def _expert_action(env: Any, info: Mapping[str, Any]) -> str:
+    action = next(env.expert(), None)
+    if action is None:
+        raise UsageError(f"the expert of task {info['task']!r} has no action for turn {info['turn']}")
+    return str(action)
 
 
 def _lists(env: Any) -> bool:

@@ -48,7 +48,8 @@ def collect_demonstrations(
     ]
     slots = min(SLOTS, len(chosen) * config.sft.episodes_per_task)
     with make_pool(config.env, config.env.train_split, slots, **config.sft.expert, expert_info=True) as pool:
-        expert = ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips)
+        room = max(32, config.agent.max_action_tokens)
+        expert = ExpertPolicy(format, noise=config.sft.noise, slips=config.sft.slips, max_action_tokens=room)
         return play_tasks(config, expert, pool, format, chosen, config.env.train_split, progress)
 
 

@@ -237,6 +237,7 @@ class EnvPool:
     def fork(self, src: int, dst: int) -> None:
         """Continue the episode of ``src`` in ``dst`` as well; only ``dst`` becomes pending."""
         source, state = self._idle(src), self._idle(dst)
+        self._pump(0.0)  # its worker may have died
         self._check_live(src, source)
         self._check_snapshots()
         if src == dst:
@@ -359,7 +360,7 @@ class EnvPool:
 
     def _outgrown(self, worker: WorkerProcess) -> bool:
         """Whether the worker is between episodes and holds more memory than it should keep."""
-        if worker.calls or worker.memory <= self._memory_limit // 2:
+        if worker.calls or worker.memory <= max(self._memory_limit // 2, worker.fresh + self._memory_limit // 4):
             return False
         return not any(state.live or state.pending for state in self._slots if state.worker == worker.index)
 

@@ -67,6 +67,7 @@ class WorkerProcess:
         self._deadline = 0.0
         self._stuck = False
         self._complaint = ""
+        self.fresh = 0
 
     def start(self) -> Call:
         """Start the process; the call returned is answered once its first environment exists."""
@@ -95,7 +96,8 @@ class WorkerProcess:
         """Resident memory of the process in bytes; 0 where it cannot be told."""
         try:
             with open(f"/proc/{self.process.pid}/statm") as file:
-                return int(file.read().split()[1]) * _PAGE
+                _, resident, shared, *_ = map(int, file.read().split())
+                return (resident - shared) * _PAGE
         except (OSError, ValueError, IndexError):
             return 0
 
@@ -152,6 +154,7 @@ class WorkerProcess:
             if call.op == "start":
                 if isinstance(call.reply, Ready):
                     self.ready = call.reply
+                    self.fresh = self.memory
                 else:
                     self._complaint = f": {call.reply.text}"
             answered.append(call)

@@ -109,6 +109,7 @@ class _Episode:
 
     env: gymnasium.Env[Any, Any]
     turn: int = 0
+    over: bool = False
 
 
 class _Host:
@@ -130,6 +131,8 @@ class _Host:
 
     def rest(self) -> None:
         """Close the environments that no slot uses; a world's engine ends with the last of them."""
+        for slot in [slot for slot, episode in self._episodes.items() if episode.over]:
+            self._free.append(self._episodes.pop(slot).env)
         while self._free:
             with contextlib.suppress(Exception):
                 self._free.pop().close()
@@ -152,7 +155,7 @@ class _Host:
     def reset(self, slot: int, payload: tuple[int | None, dict[str, Any] | None]) -> tuple[Any, dict[str, Any]]:
         seed, options = payload
         episode = self._episode(slot)
-        episode.turn = 0
+        episode.turn, episode.over = 0, False
         return episode.env.reset(seed=seed, options=options)
 
     def step(self, slot: int, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -161,6 +164,7 @@ class _Host:
         episode.turn += 1
         limit = self._setup.max_steps
         truncated = bool(truncated) or (limit is not None and episode.turn >= limit)
+        episode.over = bool(terminated) or truncated
         return observation, float(reward), bool(terminated), truncated, info
 
     def snapshot(self, slot: int, _: None) -> tuple[int, Any]:
@@ -169,7 +173,7 @@ class _Host:
 
     def restore(self, slot: int, state: tuple[int, Any]) -> None:
         episode = self._episode(slot)
-        episode.turn, world = state
+        (episode.turn, world), episode.over = state, False
         episode.env.get_wrapper_attr("restore")(world)
 
     def admissible(self, slot: int, _: None) -> tuple[str, ...]:

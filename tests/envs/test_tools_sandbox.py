@@ -434,10 +434,11 @@ def test_processes_and_folders_end_with_a_killed_parent(name):
         "print(PrivateFolder._root[1], flush=True)\n"
         "python.run('while True: pass')\n"
     )
+    before = processes_below()  # of tests that share their workers
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     folder = Path(parent.stdout.readline().strip())
     time.sleep(0.1)
-    started = processes_below() - {parent.pid}
+    started = processes_below() - before - {parent.pid}
     assert folder.is_dir() and started
     parent.kill()
     parent.wait()
