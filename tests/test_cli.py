@@ -104,3 +104,23 @@ def test_a_dataset_is_packed_and_counted(capsys: pytest.CaptureFixture[str], tmp
     assert main(["data", "pack", str(tmp_path), str(tmp_path / "pack")]) == 0
     assert capsys.readouterr().out.startswith("train: 1 games in ")
     assert (tmp_path / "pack" / "games.jsonl.xz").is_file()
+
+
+def test_a_model_that_no_run_made_gets_the_defaults_of_pretrained_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "org/model", "--env", "search", "--split", "test", "--dry-run"]) == 0
+    evaluated = capsys.readouterr().out
+    assert 'path = "org/model"' in evaluated and "max_action_tokens = 512" in evaluated
+    assert main(["play", "--env", "search", "--dry-run"]) == 0
+    assert "max_action_tokens = 64" in capsys.readouterr().out
+
+
+def test_flags_are_text_also_where_they_look_like_dates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--run-dir", "2026-01-01", "--dry-run"]) == 0
+    assert 'run_dir = "2026-01-01"' in capsys.readouterr().out
+
+
+def test_what_can_be_served_is_listed_only_where_it_is_asked_for() -> None:
+    done = run("serve", "--help")
+    assert done.returncode == 0 and "envs" in done.stdout and "retriever" in done.stdout
+    assert "--max-sessions" in run("serve", "envs", "--help").stdout
+    assert "--passages" in run("serve", "retriever", "--help").stdout

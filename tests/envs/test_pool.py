@@ -322,6 +322,31 @@ def test_a_worker_that_is_left_alone_closes_what_no_episode_needs(
     assert not play(pool, 0, "look").failed and not play(pool, 2, "look").failed
 
 
+def test_a_worker_that_is_left_alone_closes_ended_episodes_too(
+    make_pool: MakePool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "closed"
+    monkeypatch.setenv("OBEDIENT_CLOSED", str(log))
+    pool = make_pool(num_envs=2, num_workers=1, idle_seconds=0.2)
+    begin(pool, 0, 1)
+    play(pool, 0, "end")
+    end = time.monotonic() + 5.0
+    while not log.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert log.read_text() == "closed\n"
+    assert not play(pool, 1, "look").failed
+    assert not begin(pool, 0)[0].failed
+
+
+def test_a_worker_is_not_replaced_for_what_it_holds_from_the_start(make_pool: MakePool) -> None:
+    pool = make_pool(num_envs=1, num_workers=1, memory_limit=1 << 30, kwargs={"fault": "grow 600"})
+    pids = set()
+    for _ in range(3):
+        pids.add(begin(pool, 0)[0].info["pid"])
+        play(pool, 0, "end")
+    assert len(pids) == 1
+
+
 def test_commands_are_listed_on_demand(make_pool: MakePool) -> None:
     pool = make_pool()
     begin(pool, 1)
