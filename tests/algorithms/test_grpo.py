@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from agentropy.algorithms import Minibatch, recipe
@@ -105,12 +105,15 @@ def test_equal_returns_give_exactly_zero_and_a_single_one_itself(options):
     turns=st.booleans(),
     mode=st.sampled_from(["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "turn-mean"]),
 )
+@example(seed=1925516, window=False, turns=True, mode="seq-mean-token-mean")
 def test_plan_and_loss_equal_a_plain_reference(ragged, seed, window, turns, mode):
     batch, logprobs, entropy = ragged(seed, window=window)
     stats = "turns" if turns else "trajectories"
     grpo = recipe("grpo", group_stats=stats, aggregation=mode, kl_coef=0.05, clip_high=0.28)
     loss, _ = grpo.loss(batch, grpo.plan(batch), logprobs, entropy)
-    assert loss.item() == pytest.approx(reference_loss(batch, logprobs, turns, mode), rel=1e-10, abs=1e-12)
+    # A group of equal rewards has deviations of rounding, which the epsilon of 1e-6 under them makes a million times
+    # larger.
+    assert loss.item() == pytest.approx(reference_loss(batch, logprobs, turns, mode), rel=1e-10, abs=1e-9)
 
 
 def reference_loss(batch, logprobs, per_turn, mode):
