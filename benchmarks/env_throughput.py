@@ -41,7 +41,7 @@ from rich.table import Table
 from ..envs.pool import EnvPool, usable_cores
 from ..envs.world import World
 from ..errors import EnvironmentFailedError, UsageError, nearest
-from .machine import describe_machine, summary
+from .machine import describe_machine, resident, summary
 
 UPSTREAM = "upstream"
 WEIGHED = 6
@@ -218,28 +218,11 @@ def weigh(bench: Bench, kwargs: Mapping[str, Any], scripts: Sequence[Script]) ->
             for action in actions[: len(actions) // 2]:
                 world.step(action)
             if not number:
-                first = _resident(os.getpid())
-        return (_resident(os.getpid()) - first) / WEIGHED
+                first = resident(os.getpid())
+        return (resident(os.getpid()) - first) / WEIGHED
     finally:
         for world in worlds:
             world.close()
-
-
-def _resident(pid: int) -> int:
-    """Bytes of memory of a process and of all that it started."""
-    try:
-        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        children = [child for task in Path(f"/proc/{pid}/task").iterdir() for child in _words(task / "children")]
-    except OSError:
-        return 0
-    return own + sum(_resident(int(child)) for child in children)
-
-
-def _words(path: Path) -> list[str]:
-    try:
-        return path.read_text().split()
-    except OSError:
-        return []
 
 
 def play_pool(pool: EnvPool, scripts: Sequence[Script]) -> Timing:

@@ -2,6 +2,7 @@
 
 - ``describe_machine``: processor, memory, versions, commit and date as JSON-able values.
 - ``summary``: the same in one line.
+- ``descendants``, ``resident``: what a process has started, and the memory of all of it.
 """
 
 from __future__ import annotations
@@ -70,3 +71,27 @@ def _commit() -> str | None:
 def _git(folder: Path, *arguments: str) -> str:
     done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that ``pid`` started, and those that they started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(word) for word in task.read_text().split()]
+        except OSError:  # it has just ended
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory of a process and of all that it started."""
+    total = 0
+    for each in (pid, *descendants(pid)):
+        try:
+            total += int(Path(f"/proc/{each}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        except (OSError, IndexError):
+            continue
+    return total

@@ -25,31 +25,10 @@ from rich.console import Console
 
 from ..config import load_config
 from ..envs.pool import EnvPool, EnvResult, usable_cores
-from .machine import describe_machine, summary
+from .machine import descendants, describe_machine, resident, summary
 
 SAMPLES = 200
 """Samples of memory in a run."""
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes that ``pid`` started, and those that they started."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(word) for word in task.read_text().split()]
-        except OSError:
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
-
-
-def resident(pid: int) -> int:
-    """Bytes of memory of one process."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, IndexError):
-        return 0
 
 
 class Soak:
@@ -86,7 +65,7 @@ class Soak:
             if done * SAMPLES >= sampled * total:
                 sampled = done * SAMPLES // total + 1
                 here = os.getpid()
-                memory = sum(map(resident, [here, *descendants(here)]))
+                memory = resident(here)
                 self.memory.append((time.perf_counter() - start, memory))
 
     def _begin(self, slot: int) -> None:

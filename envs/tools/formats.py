@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,8 +60,11 @@ def parse(action: str, tools: Mapping[str, Tool], form: str) -> list[Call | Mist
     return (_parse_tagged if form == "tagged" else _parse_json)(text, tools)
 
 
-def _parse_tagged(text: str, tools: Mapping[str, Tool]) -> list[Call | Mistake] | Answer:
-    opening = re.compile("<(" + "|".join(map(re.escape, [*tools, "answer"])) + ")>")
+def _elements(
+    text: str, tags: Sequence[str], read: Callable[[str, str], Call | Mistake]
+) -> list[Call | Mistake] | Answer:
+    """Return what ``read`` makes of each element, given its tag and content, up to the answer; or the answer alone."""
+    opening = re.compile("<(" + "|".join(map(re.escape, tags)) + ")>")
     items: list[Call | Mistake] = []
     at = 0
     while found := opening.search(text, at):
@@ -75,7 +78,14 @@ def _parse_tagged(text: str, tools: Mapping[str, Tool]) -> list[Call | Mistake] 
             if not items:
                 return Answer(content.strip())
             break
-        items.append(_tagged_call(tools[name], content))
+        items.append(read(name, content))
+    return items
+
+
+def _parse_tagged(text: str, tools: Mapping[str, Tool]) -> list[Call | Mistake] | Answer:
+    items = _elements(text, [*tools, "answer"], lambda name, content: _tagged_call(tools[name], content))
+    if isinstance(items, Answer):
+        return items
     return _checked(items, _missing_tagged(text, tools))
 
 
@@ -98,21 +108,9 @@ def _missing_tagged(text: str, tools: Mapping[str, Tool]) -> str:
 
 
 def _parse_json(text: str, tools: Mapping[str, Tool]) -> list[Call | Mistake] | Answer:
-    items: list[Call | Mistake] = []
-    at = 0
-    opening = re.compile("<(tool_call|answer)>")
-    while found := opening.search(text, at):
-        name = found[1]
-        end = text.find(f"</{name}>", found.end())
-        if end < 0:
-            items.append(Mistake(f"<{name}> is not closed: end it with </{name}>."))
-            break
-        content, at = text[found.end() : end], end + len(name) + 3
-        if name == "answer":
-            if not items:
-                return Answer(content.strip())
-            break
-        items.append(_json_call(content, tools))
+    items = _elements(text, ["tool_call", "answer"], lambda _, content: _json_call(content, tools))
+    if isinstance(items, Answer):
+        return items
     bare = _FENCE.sub(r"\1", text).strip()
     if not items and bare.startswith("{"):
         items.append(_json_call(bare, tools))
