@@ -22,7 +22,7 @@ from ..errors import UsageError
 if TYPE_CHECKING:
     from ..agents.tree import Node, Tree
 
-_FILL = {"turn": -1}
+_FILL = {"turn": -1, "node": -1}
 
 
 @dataclass(kw_only=True, eq=False)
@@ -44,10 +44,15 @@ class Minibatch:
     """``[B, L]`` nats of the full softmax, under the same weights; 0 when absent."""
     ref_logprobs: Tensor | None = None
     """``[B, L]`` nats, under the reference model."""
+    rollout_logprobs: Tensor | None = None
+    """``[B, L]`` nats, as the sampler reported them, where ``old_logprobs`` were computed anew."""
     token_rewards: Tensor = None  # type: ignore[assignment]
     """``[B, L]``: what each turn paid, on the turn's last trained token; 0 when absent."""
     values: Tensor | None = None
     """``[B, L]``: the critic's value of the state before each token."""
+    node: Tensor | None = None
+    """``[B, L]`` int64: the tree node, unique in the batch, that each trained token belongs to, -1 elsewhere. Branches
+    share the nodes before their fork; when absent, nothing is shared."""
     group: Tensor = None  # type: ignore[assignment]
     """``[B]`` int64: rows of one task and start state; all of them one group when absent."""
     trajectory: Tensor = None  # type: ignore[assignment]
@@ -150,7 +155,7 @@ class Minibatch:
             UsageError: no trajectory has acted.
         """
         rows: list[dict[str, Any]] = []
-        failed = trajectories = 0
+        failed = trajectories = nodes = 0
         for group, tree in enumerate(trees):
             for trajectory in tree.trajectories:
                 if trajectory.failed:
@@ -161,13 +166,14 @@ class Minibatch:
                 rewards = [actions[turn][0].reward if turn in actions else 0.0 for turn in range(turns)]
                 anchor = tuple(actions[turn][1] if turn in actions else "" for turn in range(turns))
                 for leaf in trajectory.leaves:
-                    row = _row(tree, leaf)
+                    row = _row(tree, leaf, nodes)
                     rows.append(
                         row
                         | {"group": group, "trajectory": trajectories, "returns": trajectory.reward}
                         | {"turn_rewards": np.asarray(rewards, np.float32), "anchor": anchor}
                     )
                 trajectories += 1
+            nodes += len(tree.nodes)
         if not rows:
             raise UsageError(
                 f"there is nothing to learn from: no actions in {len(trees)} trees, {failed} episodes failed"
@@ -182,7 +188,7 @@ class Minibatch:
         )
 
 
-_PADDED = ("tokens", "mask", "turn", "old_logprobs", "old_entropy", "token_rewards", "turn_rewards")
+_PADDED = ("tokens", "mask", "turn", "node", "old_logprobs", "old_entropy", "token_rewards", "turn_rewards")
 
 
 def _pad(name: str, arrays: Sequence[np.ndarray[Any, Any]]) -> Tensor:
@@ -204,18 +210,22 @@ def _actions(tree: Tree, leaves: Sequence[int]) -> Mapping[int, tuple[Node, str]
     return found
 
 
-def _row(tree: Tree, leaf: int) -> dict[str, Any]:
+def _row(tree: Tree, leaf: int, nodes: int) -> dict[str, Any]:
+    """``nodes`` is the number of the tree's first node in the batch."""
     mask = tree.mask(leaf)
-    rewards = np.zeros(len(mask), np.float32)
-    stop = 0
+    rewards, owner = np.zeros(len(mask), np.float32), np.full(len(mask), -1, np.int64)
+    start = 0
     for node in tree.path(leaf):
-        stop += len(node.tokens)
+        stop = start + len(node.tokens)
         if node.sampled and len(node.tokens):
             rewards[stop - 1] = node.reward
+            owner[start:stop] = nodes + node.index
+        start = stop
     return {
         "tokens": tree.tokens(leaf).astype(np.int64),
         "mask": mask,
         "turn": tree.turns(leaf).astype(np.int64),
+        "node": owner,
         "old_logprobs": tree.logprobs(leaf),
         "old_entropy": tree.entropies(leaf),
         "token_rewards": rewards,

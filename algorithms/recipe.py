@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -21,6 +21,9 @@ from .batch import Minibatch
 from .slots import DEFAULT_SLOTS, Slots, Term
 from .slots.clip import log_ratio
 from .slots.regulariser import kl_estimate
+
+if TYPE_CHECKING:
+    from ..agents.branching import Branching
 
 METHODS: dict[str, type[Method]] = {}
 
@@ -36,13 +39,17 @@ class Method(BaseModel):
     equations: ClassVar[tuple[str, ...]]
     sources: ClassVar[tuple[str, ...]]
     base: ClassVar[str | None] = None
-    """Method that comes first when this one is chosen alone."""
+    """Method that comes first when none is named that can stand alone; None for one that can."""
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Named sets of options, of this method or of its base."""
 
     def compose(self, slots: Slots, total_steps: int) -> Slots:
         """Fill slots on top of what earlier methods filled. ``total_steps`` is the length of the run."""
         raise NotImplementedError
+
+    def objection(self, others: Mapping[str, Method]) -> str | None:
+        """Why this method contradicts one of ``others``, if it does; one clause without a full stop."""
+        return None
 
 
 def register(name: str) -> Any:
@@ -117,21 +124,56 @@ class Recipe:
         total_steps: int,
         preset: str | None = None,
         slots: Mapping[str, Any] | None = None,
+        allow_conflicts: bool = False,
     ) -> None:
-        """Let each of ``methods`` fill slots in turn; ``slots`` (``Slots.override``) has the last word."""
+        """Let each of ``methods`` fill slots in turn; ``slots`` (``Slots.override``) has the last word.
+
+        Raises:
+            UsageError: methods contradict each other, and ``allow_conflicts`` is off.
+        """
         self.name = name
         self.preset = preset
         self.methods = dict(methods)
         self.step = 0
         filled = DEFAULT_SLOTS
-        for method in self.methods.values():
-            filled = method.compose(filled, total_steps)
+        owners: dict[str, str] = {}
+        for part, method in self.methods.items():
+            before, filled = filled, method.compose(filled, total_steps)
+            if not allow_conflicts:
+                others = {other: made for other, made in self.methods.items() if other != part}
+                _refuse_conflicts(part, method, others, before, filled, owners)
         self.slots = filled.override(slots or {})
+        forking = [sampler.name for sampler in self.slots.samplers if sampler.branching is not None]
+        if len(forking) > 1:
+            raise UsageError(f"recipe '{name}' forks rollouts in {len(forking)} ways; expected at most one")
 
     @property
     def needs_reference(self) -> bool:
         """Whether batches must hold ``ref_logprobs``."""
-        return any(regulariser.name == "kl" for regulariser in self.slots.regularisers)
+        charged = any(getattr(reward, "name", None) == "kl_penalty" for reward in self.slots.rewards)
+        return charged or any(regulariser.name == "kl" for regulariser in self.slots.regularisers)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether batches must hold ``values``, and the learner a critic."""
+        return any(regulariser.name == "value" for regulariser in self.slots.regularisers)
+
+    @property
+    def branching(self) -> Branching | None:
+        """Where rollouts fork; None for independent episodes."""
+        return next((s.branching for s in self.slots.samplers if s.branching is not None), None)
+
+    @property
+    def max_batches(self) -> int:
+        """Rounds of rollouts that may be made to fill a step with groups that the samplers keep."""
+        return max((sampler.max_batches for sampler in self.slots.samplers), default=1)
+
+    def kept(self, batch: Minibatch) -> Tensor:
+        """``[B]`` bool: rows that every sampler keeps."""
+        keep = torch.ones(len(batch), dtype=torch.bool, device=batch.mask.device)
+        for sampler in self.slots.samplers:
+            keep = keep & sampler.keep(batch)
+        return keep
 
     @torch.no_grad()
     def plan(self, batch: Minibatch) -> Plan:
@@ -141,17 +183,20 @@ class Recipe:
             UsageError: the batch lacks something that the recipe needs.
         """
         slots, mask, dtype = self.slots, batch.mask, batch.old_logprobs.dtype
-        returns = torch.stack([reward(batch) for reward in slots.rewards]).sum(0)
+        batch, returns = _paid(batch, [reward(batch) for reward in slots.rewards])
         advantages = slots.credit(batch, returns, slots.baseline)
+        scalars: dict[str, Any] = {}
+        if batch.values is not None:
+            # What the critic should have said, before anything reshapes the advantages.
+            scalars["critic/target"] = torch.where(mask, advantages + batch.values, 0)
         for shape in slots.shapes:
             advantages = shape(batch, advantages)
         weights = torch.ones_like(advantages)
-        keep = mask & slots.sampler(batch)[:, None]
+        keep = mask & self.kept(batch)[:, None]
         for weight in slots.weights:
             factor, kept = weight(batch, advantages)
             weights, keep = weights * factor, keep & kept
         coefficients = torch.where(keep, slots.aggregation(batch, keep) * weights * slots.stream(batch)[:, None], 0)
-        scalars: dict[str, Any] = {}
         for controller in slots.controllers:
             scalars |= controller.begin(batch, self.step)
         terms = {regulariser.name: regulariser.plan(batch, scalars) for regulariser in slots.regularisers}
@@ -185,17 +230,18 @@ class Recipe:
         """
         mask = batch.mask
         logprobs, entropy = torch.where(mask, logprobs, 0), torch.where(mask, entropy, 0)
-        token_loss = self.slots.clip(logprobs, batch.old_logprobs, plan.advantages, mask)
+        values = None if values is None else torch.where(mask, values, 0)
+        token_loss, clipped = self.slots.clip(logprobs, batch.old_logprobs, plan.advantages, mask)
         loss = policy_loss = (plan.coefficients * token_loss).sum()
         metrics = {"pg_loss": policy_loss.detach()}
         for regulariser in self.slots.regularisers:
             term = plan.terms[regulariser.name]
-            part = (term.coefficient * regulariser.value(batch, term, logprobs, entropy)).sum()
+            part = (term.coefficient * regulariser.value(batch, term, logprobs, entropy, values)).sum()
             loss = loss + part
             metrics[f"{regulariser.name}_loss"] = part.detach()
         metrics["loss"] = loss.detach()
         with torch.no_grad():
-            metrics |= _ratio_metrics(batch, plan, logprobs, entropy, token_loss)
+            metrics |= _ratio_metrics(batch, plan, logprobs, entropy, clipped)
         return loss, metrics
 
     def on_step_end(self, metrics: Mapping[str, float]) -> None:
@@ -207,7 +253,8 @@ class Recipe:
     def state_dict(self) -> dict[str, Any]:
         """JSON-able; all that the recipe remembers."""
         controllers = {controller.name: controller.state_dict() for controller in self.slots.controllers}
-        return {"step": self.step, "controllers": controllers}
+        state: dict[str, Any] = {"step": self.step, "controllers": controllers}
+        return state if self.branching is None else state | {"branching": self.branching.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Inverse of ``state_dict``.
@@ -222,6 +269,8 @@ class Recipe:
                 f"'{self.name}' has {sorted(names) or 'none'}"
             )
         self.step = int(state["step"])
+        if self.branching is not None:
+            self.branching.load_state_dict(state["branching"])
         for controller in self.slots.controllers:
             controller.load_state_dict(state["controllers"][controller.name])
 
@@ -256,11 +305,9 @@ def merge_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _ratio_metrics(
-    batch: Minibatch, plan: Plan, logprobs: Tensor, entropy: Tensor, token_loss: Tensor
+    batch: Minibatch, plan: Plan, logprobs: Tensor, entropy: Tensor, clipped: Tensor
 ) -> dict[str, Tensor]:
     ratio = log_ratio(logprobs, batch.old_logprobs, batch.mask).exp()
-    # The unclipped loss differs from the token's exactly where the clip took the gradient away.
-    clipped = token_loss != -plan.advantages * ratio
     old = torch.where(batch.mask, batch.old_logprobs, 0)
     return {
         "entropy/action_mean": (plan.share * entropy).sum(),
@@ -269,6 +316,37 @@ def _ratio_metrics(
         "clip_fraction": (plan.share * clipped).sum(),
         "kl/old": (plan.share * kl_estimate(logprobs, old)).sum(),
     }
+
+
+def _paid(batch: Minibatch, parts: Sequence[Tensor]) -> tuple[Minibatch, Tensor]:
+    """The batch with every reward of a token in its ``token_rewards``, and the returns ``[B]`` with all parts."""
+    returns = torch.zeros_like(batch.returns)
+    for part in parts:
+        if part.dim() == 2:
+            paid = torch.where(batch.mask, part, 0)
+            names, index = batch.trajectory.unique(return_inverse=True)
+            sums = returns.new_zeros(len(names)).index_add(0, index, paid.double().sum(1))
+            returns = returns + sums[index]
+            batch = batch.replace(token_rewards=torch.where(batch.mask, batch.token_rewards, 0) + paid)
+        else:
+            returns = returns + part
+    return batch, returns
+
+
+def _refuse_conflicts(
+    part: str, method: Method, others: Mapping[str, Method], before: Slots, after: Slots, owners: dict[str, str]
+) -> None:
+    """``owners`` names the method that fills each single slot, of those that stand on another one."""
+    reason = method.objection(others)
+    if reason is None and method.base is not None:
+        for slot, filling in vars(after).items():
+            if isinstance(filling, tuple) or filling is vars(before)[slot]:
+                continue
+            if slot in owners:
+                reason = f"{owners[slot]} and {part} both fill the slot '{slot}', and the later one would win"
+            owners[slot] = part
+    if reason is not None:
+        raise UsageError(f"{reason}; allow_conflicts=true composes them all the same")
 
 
 def _cast(term: Term, dtype: torch.dtype) -> Term:

@@ -39,19 +39,21 @@ def recipe(
     *,
     total_steps: int = 150,
     slots: Mapping[str, Any] | None = None,
+    allow_conflicts: bool = False,
     **overrides: Any,
 ) -> Recipe:
     """Compose the recipe ``name``; without more, its vetted defaults.
 
-    ``a+b`` composes methods from left to right. ``total_steps`` is the length of the run in RL steps, for
-    methods with a schedule. An override is an option of one of the methods; ``method.option`` where two have
-    it.
+    ``a+b`` composes methods from left to right, the one that can stand alone first, wherever it is named.
+    ``total_steps`` is the length of the run in RL steps, for methods with a schedule. An override is an option of one
+    of the methods; ``method.option`` where two have it. Methods that contradict each other are refused unless
+    ``allow_conflicts``.
 
     >>> recipe("epo", "corridor", clip_high=0.28).methods["grpo"].clip_high
     0.28
 
     Raises:
-        UsageError: unknown recipe, preset or option, with the nearest valid one, or a bad value.
+        UsageError: unknown recipe, preset or option, with the nearest valid one, a bad value, or a contradiction.
     """
     parts = _parts(name)
     options: dict[str, dict[str, Any]] = {part: {} for part in parts}
@@ -65,7 +67,7 @@ def recipe(
     if total_steps < 1:
         raise UsageError(f"total_steps must be at least 1, not {total_steps}")
     methods = {part: _build(part, values) for part, values in options.items()}
-    return Recipe(name, methods, total_steps, preset, slots)
+    return Recipe(name, methods, total_steps, preset, slots, allow_conflicts)
 
 
 def describe(name: str) -> str:
@@ -122,16 +124,16 @@ def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 
 def _parts(name: str) -> list[str]:
-    """Methods of ``a+b``, each preceded by its base."""
-    parts: list[str] = []
-    for part in name.split("+"):
+    """Methods of ``a+b``: the one that stands alone, by default the first one's base, and then the others in order."""
+    named = list(dict.fromkeys(name.split("+")))
+    for part in named:
         if part not in METHODS:
             raise UsageError(f"unknown recipe '{part}'{nearest(part, METHODS)}")
-        chain = [part]
-        while (base := METHODS[chain[0]].base) is not None:
-            chain.insert(0, base)
-        parts += [link for link in chain if link not in parts]
-    return parts
+    alone = [part for part in named if METHODS[part].base is None]
+    if len(alone) > 1:
+        raise UsageError(f"recipe '{name}': {' and '.join(alone)} each make a whole method; expected one of them")
+    base = METHODS[named[0]].base
+    return [*(alone or ([base] if base else [])), *(part for part in named if part not in alone)]
 
 
 def _route(name: str, options: dict[str, dict[str, Any]], values: Mapping[str, Any]) -> None:
@@ -143,6 +145,7 @@ def _route(name: str, options: dict[str, dict[str, Any]], values: Mapping[str, A
             every = {field for method in options for field in METHODS[method].model_fields} | {
                 "total_steps",
                 "slots",
+                "allow_conflicts",
             }
             raise UsageError(f"recipe '{name}' has no option '{key}'{nearest(option, every)}")
         if len(owners) > 1:

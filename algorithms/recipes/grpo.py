@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
-from pydantic import Field
-
-from ..recipe import Method, register
-from ..slots import Slots, use
-from ..slots.aggregation import Mode
-from ..slots.regulariser import Estimator
+from ..recipe import register
+from ..slots import Slots
+from .common import Clipped, GroupRelative
 
 
 @register("grpo")
-class GRPO(Method):
-    """Group-relative advantages under PPO's clipped loss; the base of every other method here."""
+class GRPO(Clipped, GroupRelative):
+    """Group-relative advantages under PPO's clipped loss; what most other methods here stand on."""
 
     summary: ClassVar = "group-relative advantages with PPO's clipped loss"
     equations: ClassVar = (
@@ -29,42 +26,5 @@ class GRPO(Method):
         "verl-agent": {"group_stats": "turns", "kl_coef": 0.01},
     }
 
-    group_stats: Literal["trajectories", "turns"] = "trajectories"
-    """What counts once in a group's statistics; ``turns`` reproduces verl-agent, where long episodes weigh
-    more."""
-    turn_credit: float = Field(0.0, ge=0)
-    """Weight of a second advantage, which compares each turn's discounted rewards with those of the group's other
-    turns; 0 is GRPO. For worlds that pay or fine single turns."""
-    turn_gamma: float = Field(0.5, ge=0, le=1)
-    """Discount of a turn's rewards in ``turn_credit``."""
-    normalize_std: bool = True
-    """Divide by the group's standard deviation; off, it is Dr. GRPO's advantage."""
-    clip_low: float = Field(0.2, ge=0, le=1)
-    clip_high: float = Field(0.2, ge=0)
-    dual_clip: float | None = Field(3.0, gt=1)
-    """Bound on the ratio where the advantage is negative; None for none."""
-    aggregation: Mode = "token-mean"
-    kl_coef: float = Field(0.0, ge=0)
-    """0 needs no reference model."""
-    kl_estimator: Estimator = "k3"
-
     def compose(self, slots: Slots, total_steps: int) -> Slots:
-        credit = use("credit", "broadcast", unit=self.group_stats)
-        if self.turn_credit:
-            credit = use("credit", "turns", weight=self.turn_credit, gamma=self.turn_gamma, unit=self.group_stats)
-        parts: dict[str, Any] = {
-            "credit": credit,
-            "baseline": use("baseline", "group", std=self.normalize_std),
-            "clip": use("clip", "ppo", low=self.clip_low, high=self.clip_high, dual=self.dual_clip),
-            "aggregation": use("aggregation", self.aggregation),
-        }
-        if self.kl_coef:
-            kl = use(
-                "regulariser",
-                "kl",
-                coefficient=self.kl_coef,
-                estimator=self.kl_estimator,
-                agg=self.aggregation,
-            )
-            parts["regularisers"] = (kl,)
-        return slots.extend(**parts)
+        return self.with_loss(self.with_groups(slots), self.ppo_clip())

@@ -12,7 +12,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...errors import UsageError, nearest
-from . import aggregation, baseline, clip, controller, credit, regulariser, reward, sampler, stream  # noqa: F401
+from . import (  # noqa: F401
+    aggregation,
+    baseline,
+    clip,
+    controller,
+    credit,
+    regulariser,
+    returns,
+    reward,
+    sampler,
+    shape,
+    stream,
+    weight,
+)
 from .registry import Component, components, register, use
 from .signatures import (
     Aggregation,
@@ -36,7 +49,7 @@ __all__ = ["DEFAULT_SLOTS", "Component", "Slots", "Term", "components", "registe
 class Slots:
     """What fills each slot. Tuples are applied in order; an empty one is the identity."""
 
-    sampler: Sampler
+    samplers: tuple[Sampler, ...] = ()
     rewards: tuple[Reward, ...]
     credit: Credit
     baseline: Baseline
@@ -81,7 +94,6 @@ def _from_table(slot: str, table: Any) -> Any:
 
 
 DEFAULT_SLOTS = Slots(
-    sampler=use("sampler", "flat"),
     rewards=(use("reward", "environment"),),
     credit=use("credit", "broadcast"),
     baseline=use("baseline", "group"),

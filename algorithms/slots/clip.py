@@ -28,11 +28,13 @@ def ppo(
     low: float = 0.2,
     high: float = 0.2,
     dual: float | None = 3.0,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """``max(-A r, -A clip(r, 1 - low, 1 + high))``; where ``A < 0`` at most ``-A dual`` (PPO, 1707.06347;
     dual clip, 1912.09729)."""
     ratio = log_ratio(logprobs, old_logprobs, mask).exp()
-    loss = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
-    if dual is None:
-        return loss
-    return torch.where(advantages < 0, torch.minimum(loss, -advantages * dual), loss)
+    plain = -advantages * ratio
+    loss = torch.maximum(plain, -advantages * ratio.clamp(1 - low, 1 + high))
+    if dual is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual), loss)
+    # The clipped loss differs from the plain one exactly where the clip took the gradient away.
+    return loss, loss != plain

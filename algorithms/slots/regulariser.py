@@ -36,7 +36,9 @@ class EntropyBonus:
     def plan(self, batch: Minibatch, scalars: Mapping[str, Any]) -> Term:
         return Term(-self.coefficient * use("aggregation", self.agg)(batch, batch.mask))
 
-    def value(self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    def value(
+        self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor, values: Tensor | None = None
+    ) -> Tensor:
         return entropy
 
 
@@ -74,7 +76,9 @@ class Corridor:
             selected=applies & outside,
         )
 
-    def value(self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    def value(
+        self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor, values: Tensor | None = None
+    ) -> Tensor:
         low, high = term.inputs["low"], term.inputs["high"]
         if self.penalty == "hinge":
             return (low - entropy).relu() + (entropy - high).relu()
@@ -96,7 +100,9 @@ class ReferenceKL:
             raise UsageError("the KL term needs ref_logprobs in the batch; set kl_coef=0 to train without one")
         return Term(self.coefficient * use("aggregation", self.agg)(batch, batch.mask))
 
-    def value(self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor) -> Tensor:
+    def value(
+        self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor, values: Tensor | None = None
+    ) -> Tensor:
         assert batch.ref_logprobs is not None
         return kl_estimate(logprobs, torch.where(batch.mask, batch.ref_logprobs, 0), self.estimator)
 

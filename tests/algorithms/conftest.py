@@ -15,7 +15,8 @@ Sample = tuple[Minibatch, Tensor, Tensor]
 def make_batch(seed: int, *, groups: int = 3, size: int = 4, window: bool = False) -> Sample:
     """A float64 batch with ragged turns, and current log-probabilities and entropies near its old ones.
 
-    One row per trajectory, or per turn in ``window`` mode. The last trajectory has no trained token.
+    One row per trajectory, or per turn in ``window`` mode. The last trajectory has no trained token. The second
+    trajectory of each group is a branch of the first one: they share its first turn.
     """
     rng = np.random.default_rng(seed)
     rows: list[dict[str, np.ndarray | int | float]] = []
@@ -50,7 +51,18 @@ def make_batch(seed: int, *, groups: int = 3, size: int = 4, window: bool = Fals
     )
     logprobs = torch.from_numpy(old + rng.normal(0, 0.4, turn.shape))
     paid = np.round(rng.normal(size=(groups * size, turn.max() + 1)), 1)
-    batch = batch.replace(turn_rewards=torch.from_numpy(paid)[batch.trajectory])
+    branch = np.array([row["trajectory"] % size == 1 for row in rows])
+    owner = np.array([row["trajectory"] for row in rows])
+    node = np.where(turn >= 0, owner[:, None] * 10 + turn, -1)
+    observed = rng.integers(0, 3, (groups * size, turn.max() + 1))
+    batch = batch.replace(
+        turn_rewards=torch.from_numpy(paid)[batch.trajectory],
+        values=torch.from_numpy(rng.normal(size=turn.shape)),
+        rollout_logprobs=torch.from_numpy(old + rng.normal(0, 0.3, turn.shape)),
+        node=torch.from_numpy(np.where(branch[:, None] & (turn == 0), node - 10, node)),
+        anchor=[tuple(f"room {place}" for place in observed[row["trajectory"]]) for row in rows],
+        token_rewards=torch.from_numpy(np.where(turn >= 0, np.round(rng.normal(size=turn.shape), 1), 0.0)),
+    )
     return batch, logprobs, torch.from_numpy(entropy * rng.uniform(0.5, 1.5, turn.shape))
 
 

@@ -41,13 +41,15 @@ def experienced(name, preset, options, batch):
 
 
 def gradients(made, batch, plan, logprobs, entropy, rows=None):
-    """Loss, metrics and gradients of the rows ``rows`` with respect to the whole of both inputs."""
-    logprobs, entropy = logprobs.clone().requires_grad_(), entropy.clone().requires_grad_()
+    """Loss, metrics and gradients of the rows ``rows`` with respect to the whole of log-probabilities, entropies and
+    values; the critic's values have moved away from those that the plan was made with."""
+    values = batch.values + 0.2 * torch.sin(batch.values * 40)
+    inputs = [tensor.clone().requires_grad_() for tensor in (logprobs, entropy, values)]
     if rows is None:
-        loss, metrics = made.loss(batch, plan, logprobs, entropy)
+        loss, metrics = made.loss(batch, plan, *inputs)
     else:
-        loss, metrics = made.loss(batch.select(rows), plan.select(rows), logprobs[rows], entropy[rows])
-    grads = torch.autograd.grad(loss, (logprobs, entropy), allow_unused=True, materialize_grads=True)
+        loss, metrics = made.loss(batch.select(rows), plan.select(rows), *(tensor[rows] for tensor in inputs))
+    grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return loss.detach(), metrics, *grads
 
 
@@ -62,7 +64,7 @@ def test_a_split_adds_up_to_the_whole(ragged, name, preset, options, seed, windo
     whole = gradients(made, batch, plan, logprobs, entropy)
     split = [gradients(made, batch, plan, logprobs, entropy, rows) for rows in parts]
     assert sum(part[0] for part in split).item() == pytest.approx(whole[0].item(), rel=1e-12, abs=1e-12)
-    for index in (2, 3):
+    for index in (2, 3, 4):
         torch.testing.assert_close(sum(part[index] for part in split), whole[index], rtol=1e-12, atol=1e-14)
     merged = merge_metrics(part[1] for part in split)
     assert {key: value.item() for key, value in merged.items()} == pytest.approx(
@@ -78,8 +80,8 @@ def test_what_is_masked_changes_nothing(ragged, name, preset, options, junk):
     def spoiled(tensor):
         return torch.where(batch.mask, tensor, junk)
 
-    names = ("old_logprobs", "old_entropy", "ref_logprobs", "token_rewards")
-    bad = batch.replace(**{key: spoiled(getattr(batch, key)) for key in names}, values=spoiled(entropy))
+    names = ("old_logprobs", "old_entropy", "ref_logprobs", "rollout_logprobs", "token_rewards", "values")
+    bad = batch.replace(**{key: spoiled(getattr(batch, key)) for key in names})
     results = []
     for data, lp, h in ((batch, logprobs, entropy), (bad, spoiled(logprobs), spoiled(entropy))):
         made = experienced(name, preset, options, data)
@@ -100,7 +102,7 @@ def test_rows_can_be_permuted(ragged, name, preset, options, seed, window, data)
     torch.testing.assert_close(moved.advantages, plan.advantages, rtol=1e-12, atol=1e-12)
     one = gradients(made, batch.select(order), plan, logprobs[order], entropy[order])
     two = gradients(made, batch.select(order), moved, logprobs[order], entropy[order])
-    for index in (0, 2, 3):
+    for index in (0, 2, 3, 4):
         torch.testing.assert_close(two[index], one[index], rtol=1e-12, atol=1e-12)
 
 
@@ -115,13 +117,14 @@ def test_padding_columns_change_nothing(ragged, name, preset, options):
     def wider(tensor, fill=0):
         return torch.nn.functional.pad(tensor, (0, 7), value=fill)
 
-    names = ("mask", "old_logprobs", "old_entropy", "ref_logprobs", "token_rewards")
-    padded = batch.replace(**{key: wider(getattr(batch, key)) for key in names}, turn=wider(batch.turn, -1))
+    names = ("mask", "old_logprobs", "old_entropy", "ref_logprobs", "rollout_logprobs", "token_rewards", "values")
+    filled = {key: wider(getattr(batch, key), -1) for key in ("turn", "node")}
+    padded = batch.replace(**{key: wider(getattr(batch, key)) for key in names}, **filled)
     made, other = experienced(name, preset, options, batch), experienced(name, preset, options, padded)
     one = gradients(made, batch, made.plan(batch), logprobs, entropy)
     two = gradients(other, padded, other.plan(padded), wider(logprobs), wider(entropy))
     assert two[0].item() == pytest.approx(one[0].item(), rel=1e-13)
-    for index in (2, 3):
+    for index in (2, 3, 4):
         torch.testing.assert_close(two[index], wider(one[index]), rtol=1e-13, atol=1e-15)
 
 
@@ -130,7 +133,7 @@ def test_on_policy_the_gradient_is_that_of_the_plain_policy_gradient(ragged, nam
     batch, _, entropy = ragged(3)
     made = experienced(name, preset, options | {"kl_coef": 0.0}, batch)
     plan = made.plan(batch)
-    _, metrics, grad, _ = gradients(made, batch, plan, batch.old_logprobs, entropy)
+    _, metrics, grad, *_ = gradients(made, batch, plan, batch.old_logprobs, entropy)
     torch.testing.assert_close(grad, -plan.advantages * plan.coefficients, rtol=1e-14, atol=1e-16)
     assert metrics["clip_fraction"] == 0 and metrics["ratio/max"] == 1 and metrics["kl/old"] == 0
 
@@ -165,7 +168,7 @@ def test_equal_returns_give_no_policy_gradient(ragged):
     batch, logprobs, entropy = ragged(2)
     batch = batch.replace(returns=torch.full_like(batch.returns, 0.1))
     made = recipe("grpo")
-    loss, _, grad, _ = gradients(made, batch, made.plan(batch), logprobs, entropy)
+    loss, _, grad, *_ = gradients(made, batch, made.plan(batch), logprobs, entropy)
     assert loss == 0 and not grad.any() and made.plan(batch).metrics["groups/informative"] == 0
 
 
@@ -198,7 +201,7 @@ def test_options_reach_the_method_that_has_them():
 def test_every_recipe_describes_itself(name):
     described = recipe(name).describe()
     assert described["equations"] and described["sources"] and described["summary"]
-    assert {"sampler", "credit", "clip", "regularisers", "controllers"} <= set(described["slots"])
+    assert {"samplers", "credit", "clip", "regularisers", "controllers"} <= set(described["slots"])
     json.dumps(described)
 
 

@@ -47,7 +47,8 @@ def test_masked_statistics_ignore_what_is_masked():
 )
 def test_ppo_clip_golden(ratio, advantage, loss):
     clip = use("clip", "ppo")
-    value = clip(tensor(math.log(ratio)), tensor(0), tensor(advantage), torch.tensor([True]))
+    value, clipped = clip(tensor(math.log(ratio)), tensor(0), tensor(advantage), torch.tensor([True]))
+    assert clipped.item() == (loss != -ratio * advantage)
     assert value.item() == pytest.approx(loss, abs=1e-9)
 
 
@@ -56,14 +57,15 @@ def test_ppo_gradient_vanishes_exactly_where_a_clip_binds(dual):
     for advantage in (-1.0, 1.0):
         for ratio in (0.3, 0.79, 0.81, 1.0, 1.19, 1.21, 2.9, 3.1):
             logprob = tensor(math.log(ratio)).requires_grad_()
-            use("clip", "ppo", dual=dual)(logprob, tensor(0), tensor(advantage), torch.tensor([True])).backward()
+            loss, _ = use("clip", "ppo", dual=dual)(logprob, tensor(0), tensor(advantage), torch.tensor([True]))
+            loss.backward()
             bound = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
             bound |= dual is not None and advantage < 0 and ratio > dual
             assert logprob.grad.item() == pytest.approx(0 if bound else -advantage * ratio, abs=1e-12)
 
 
 def test_the_log_ratio_is_clamped_so_that_the_loss_stays_finite():
-    loss = use("clip", "ppo", dual=None)(tensor(500), tensor(-500), tensor(-1), torch.tensor([True]))
+    loss, _ = use("clip", "ppo", dual=None)(tensor(500), tensor(-500), tensor(-1), torch.tensor([True]))
     assert loss.item() == pytest.approx(math.exp(20))
 
 

@@ -1,0 +1,1 @@
+"""Slot 3, credit by tokens: what a token's future is worth."""
