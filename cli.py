@@ -117,6 +117,14 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
     if serving:
         _servers(served)
 
+    view = commands.add_parser("view", help="look at a run's saved episodes", allow_abbrev=False)
+    view.add_argument("run_folder", metavar="RUN")
+    view.add_argument("--tree", action="store_true", help="draw one task's episodes as a tree in the terminal")
+    view.add_argument("--step", type=int, metavar="N", help="whose rollouts; the newest step when left out")
+    view.add_argument("--task", help="task id, or number of a tree; the one with most forks when left out")
+    view.add_argument("--depth", type=int, metavar="N", help="turns to draw; all when left out")
+    view.set_defaults(run=_view)
+
     report = commands.add_parser("report", help="write report.html of a run again", allow_abbrev=False)
     report.add_argument("run_folder", metavar="RUN")
     report.set_defaults(run=_report)
@@ -295,6 +303,16 @@ def _bfcl(arguments: argparse.Namespace) -> int:
     from .envs.bfcl.source import fetch
 
     print(fetch())
+    return 0
+
+
+def _view(arguments: argparse.Namespace) -> int:
+    if not arguments.tree:
+        raise UsageError(f"there is one view so far: `agentropy view {arguments.run_folder} --tree`")
+    from .algorithms.runs import RunFolder
+    from .algorithms.treeview import show
+
+    show(RunFolder.open(arguments.run_folder), arguments.step, arguments.task, arguments.depth)
     return 0
 
 

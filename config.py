@@ -71,6 +71,15 @@ PRETRAINED_DEFAULTS: dict[str, dict[str, Any]] = {
 ELSEWHERE: dict[str, Any] = {"sft": {"noise": 0.0, "slips": 0.0}}
 """Below those of every world but ALFWorld: few experts find back to their path after a mistake."""
 
+_BY_TURNS: dict[str, Any] = {"aggregation": "turn-mean", "turn_credit": 4.0, "turn_gamma": 0.5}
+RUN_OVERRIDES: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("grpo", "epo", "arpo", "aepo", "empg"), _BY_TURNS),
+    "gigpo": {"aggregation": "turn-mean"},
+}
+"""Options of recipes that a run sets unless its user sets any. Every episode counts the same, and every turn of one
+(with ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held against that
+turn. Of composed recipes, those that all their parts have here."""
+
 
 class Section(BaseModel):
     """A part of the configuration; keys that it does not know are errors."""
@@ -139,6 +148,9 @@ class AgentConfig(Section):
     temperature: float = Field(1.0, gt=0)
     top_k: int = Field(0, ge=0)
     top_p: float = Field(1.0, gt=0, le=1)
+    entropy_top_k: int = Field(0, ge=0)
+    """0 for exact entropies, else the lower estimate that servers such as vLLM give: −Σ p log p over the k most
+    probable tokens and the sampled one."""
 
 
 class SftConfig(Section):
@@ -164,10 +176,17 @@ class AlgorithmConfig(Section):
     """A recipe; ``agentropy recipes`` lists them."""
     preset: str | None = None
     """A named set of the recipe's defaults, such as ``paper``."""
-    overrides: dict[str, Any] = {"aggregation": "turn-mean", "turn_credit": 4.0, "turn_gamma": 0.5}
-    """Values of the recipe's own options. By default every episode counts the same, and every turn of one (with
-    ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held against that turn.
-    """
+    overrides: dict[str, Any] = {}
+    """Values of the recipe's own options; when unset, those of ``RUN_OVERRIDES``."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _overrides_of_the_recipe(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "overrides" in data:
+            return data
+        parts = [RUN_OVERRIDES.get(part, {}) for part in str(data.get("name", "epo")).split("+")]
+        shared = {key: value for key, value in parts[0].items() if all(part.get(key) == value for part in parts)}
+        return {**data, "overrides": shared}
 
 
 class TrainConfig(Section):
@@ -176,6 +195,8 @@ class TrainConfig(Section):
     group_size: int = Field(8, ge=1)
     """Episodes of each task in a step; advantages compare the members of a group."""
     lr: float = Field(1e-3, gt=0)
+    critic_lr: float | None = Field(None, gt=0)
+    """Highest learning rate of the critic, for recipes that have one; ``lr`` when unset."""
     schedule: Literal["constant", "cosine", "linear"] = "linear"
     """At a constant rate the default run gains as much by half of its steps and loses it again by the end."""
     warmup_steps: int = Field(8, ge=0)

@@ -49,6 +49,8 @@ class Act:
     """One per token where ``sampled``, else empty; likewise ``entropies``."""
     entropies: Float32Array = field(default_factory=lambda: _NOTHING)
     version: int = 0
+    entropy_top_k: int = 0
+    """0 where the entropies are exact, else the k that they were estimated from; see ``Completion``."""
 
 
 class Policy(Protocol):
@@ -88,6 +90,11 @@ class EnginePolicy:
             stop_strings=tuple(dict.fromkeys((*format.stop_strings, *sampling.stop_strings))),
         )
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return self.engine.vocabulary
+
     def act(self, contexts: Sequence[Context]) -> list[Act]:
         requests = [Request(context.tokens, context.seed, self.max_action_tokens) for context in contexts]
         return [
@@ -98,6 +105,7 @@ class EnginePolicy:
                 logprobs=completion.logprobs,
                 entropies=completion.entropies,
                 version=completion.version,
+                entropy_top_k=completion.entropy_top_k,
             )
             for context, completion in zip(contexts, self.engine.generate(requests, self._sampling), strict=True)
         ]

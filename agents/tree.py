@@ -82,6 +82,8 @@ class Tree:
         self.split = split
         self.nodes: list[Node] = []
         self.trajectories: list[Trajectory] = []
+        self.info: dict[str, Any] = {}
+        """JSON-able remarks on how the group was played."""
 
     def add(
         self,
@@ -124,6 +126,12 @@ class Tree:
         node = Node(index, parent, role, ids, sampled, chances, spreads, turn, float(reward), text, int(version))
         self.nodes.append(node)
         return index
+
+    @property
+    def env_steps(self) -> int:
+        """Commands that environments were given for it; those before a fork count once, and those of a probe count."""
+        played = sum(node.role == "action" for node in self.nodes)
+        return played + int(self.info.get("probe", {}).get("env_steps", 0))
 
     def path(self, leaf: int) -> list[Node]:
         """Nodes from the root to ``leaf``, both included."""
@@ -177,6 +185,7 @@ class Tree:
             "format": FORMAT_VERSION,
             "task": self.task,
             "split": self.split,
+            "info": self.info,
             "nodes": [_node_to_dict(node) for node in self.nodes],
             "trajectories": [
                 {item.name: getattr(trajectory, item.name) for item in fields(Trajectory)}
@@ -206,6 +215,7 @@ class Tree:
                 raise UsageError(f"unknown role '{entry['role']}'{nearest(entry['role'], get_args(Role))}")
             floats = {name: _decode(entry[name]) for name in ("logprobs", "entropies") if entry["sampled"]}
             tree.add(**entry | floats)
+        tree.info = dict(data.get("info", {}))
         tree.trajectories = [Trajectory(**entry | {"leaves": tuple(entry["leaves"])}) for entry in data["trajectories"]]
         return tree
 
@@ -221,6 +231,7 @@ def merge(trees: Sequence[Tree]) -> Tree:
     merged = Tree(trees[0].task, trees[0].split)
     prompts: dict[bytes, int] = {}
     for tree in trees:
+        merged.info |= tree.info
         renumbered: list[int] = []
         for node in tree.nodes:
             index = len(merged.nodes)

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..agents.branching import Branching
 from ..agents.engines.base import Engine, SamplingParams
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.formats import make_format
@@ -157,10 +158,20 @@ def make_engine(agent: Agent) -> TorchEngine:
     return TorchEngine(agent.model, agent.tokenizer)
 
 
-def engine_policy(agent: Agent, engine: Engine, config: RunConfig, temperature: float) -> EnginePolicy:
-    """The policy that samples from ``engine`` as the configuration says, at ``temperature``."""
+def engine_policy(
+    agent: Agent, engine: Engine, config: RunConfig, temperature: float, entropy_top_k: int = 0
+) -> EnginePolicy:
+    """The policy that samples from ``engine`` as the configuration says, at ``temperature``.
+
+    ``entropy_top_k`` other than 0 asks for estimates of the entropy, whatever the configuration says.
+    """
     options = config.agent
-    params = SamplingParams(temperature=temperature, top_k=options.top_k, top_p=options.top_p)
+    params = SamplingParams(
+        temperature=temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        entropy_top_k=entropy_top_k or options.entropy_top_k,
+    )
     return EnginePolicy(engine, agent.format, params, max_action_tokens=options.max_action_tokens)
 
 
@@ -172,6 +183,7 @@ def play_tasks(
     tasks: Sequence[RolloutTask],
     split: str,
     progress: Callable[[Progress], None] | None = None,
+    branching: Branching | None = None,
 ) -> list[Tree]:
     """``rollout`` with the contexts that the configuration asks for."""
     return rollout(
@@ -183,6 +195,7 @@ def play_tasks(
         window=config.agent.window,
         max_context_tokens=config.agent.max_context_tokens,
         split=split,
+        branching=branching,
         progress=progress,
     )
 

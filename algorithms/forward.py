@@ -1,6 +1,7 @@
 """One forward pass of a language model, reduced to what a loss needs.
 
 - ``token_statistics``: log-probability and entropy of trained tokens.
+- ``predictors``: the positions that trained tokens are predicted from.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ def token_statistics(
     Raises:
         UsageError: the first token of a row is marked as trained, which nothing predicts.
     """
-    if mask[:, 0].any():
-        raise UsageError("mask[:, 0] is set, but nothing comes before the first token to predict it from")
-    wanted = mask[:, 1:].flatten().nonzero()[:, 0]
+    wanted = predictors(mask)
     target = tokens[:, 1:].flatten()[wanted]
 
     def gather(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -45,3 +44,14 @@ def token_statistics(
     blank = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
     logprobs, entropy = logprob_entropy(logits, target, temperature=temperature)
     return blank.masked_scatter(mask, logprobs.float()), blank.masked_scatter(mask, entropy.float())
+
+
+def predictors(mask: Tensor) -> Tensor:
+    """``[N]`` indices into the flattened ``tokens[:, :-1]``: for each token of ``mask`` ``[B, L]``, the one before it.
+
+    Raises:
+        UsageError: the first token of a row is in ``mask``.
+    """
+    if mask[:, 0].any():
+        raise UsageError("mask[:, 0] is set, but nothing comes before the first token to predict it from")
+    return mask[:, 1:].flatten().nonzero()[:, 0]

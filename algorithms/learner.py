@@ -8,6 +8,8 @@ to the batch's. An *optimiser* minibatch, too, keeps the batch's plan, and its l
 minibatches. So every token has the same weight wherever the shuffle puts it, and the losses of an epoch average
 to the batch's. A denominator per minibatch, as in verl, would give more weight to tokens that share a minibatch
 with short episodes.
+
+A recipe with values has its learner own a critic, which learns beside the policy from the same loss.
 """
 
 from __future__ import annotations
@@ -24,13 +26,15 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from .batch import Minibatch
+from .critic import Critic
 from .forward import token_statistics
 from .recipe import Plan, Recipe, merge_metrics
+from .slots.regulariser import ValueLoss
 
 Generator = torch.Generator | np.random.Generator
 Metrics = Mapping[str, Tensor]
-Objective = Callable[[Minibatch, Tensor, int, Tensor, Tensor], tuple[Tensor, Metrics]]
-"""``(part, its rows in the minibatch, its width, logprobs, entropy) → (loss, metrics)``, both additive."""
+Objective = Callable[[Minibatch, Tensor, int, Tensor, Tensor, Tensor | None], tuple[Tensor, Metrics]]
+"""``(part, its rows in the minibatch, its width, logprobs, entropy, values) → (loss, metrics)``, both additive."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +42,13 @@ class LearnerConfig:
     """Steps are optimiser steps: one per minibatch, ``epochs * minibatches`` per update."""
 
     lr: float = 3e-4
+    critic_lr: float | None = None
+    """Of the critic, under the same schedule; ``lr`` when absent."""
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
     """Not applied to norms, biases and embeddings."""
     clip_norm: float = 1.0
-    """Largest gradient norm; ``inf`` for no clipping."""
+    """Largest gradient norm, of the policy and of the critic each; ``inf`` for no clipping."""
     epochs: int = 1
     minibatches: int = 1
     """Optimiser steps per epoch; more than one shuffles the rows."""
@@ -53,26 +59,27 @@ class LearnerConfig:
     """Where ``cosine`` and ``linear`` reach ``min_lr_ratio``."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     min_lr_ratio: float = 0.0
-    """Final learning rate as a share of ``lr``."""
+    """Final learning rate as a share of the highest."""
     temperature: float = 1.0
     """Of the rollouts: log-probabilities and entropies are those of the distribution that was sampled."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16``: autocast; weights and optimiser state keep their own type."""
 
-    def lr_at(self, step: int) -> float:
-        """Learning rate of optimiser step ``step``, from 0."""
+    def lr_at(self, step: int, highest: float | None = None) -> float:
+        """Learning rate of optimiser step ``step``, from 0, on a schedule whose top is ``highest``, or ``lr``."""
+        highest = self.lr if highest is None else highest
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return highest * (step + 1) / self.warmup_steps
         if self.schedule == "constant" or self.total_steps is None:
-            return self.lr
+            return highest
         progress = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
         left = 1 - progress if self.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
-        return self.lr * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
+        return highest * (self.min_lr_ratio + (1 - self.min_lr_ratio) * left)
 
 
 class Learner:
-    """Owns the optimiser of ``model``. The recipe's memory belongs to whoever made it: save it beside this
-    state."""
+    """Owns the optimiser of ``model``, and the critic with its optimiser where the recipe has values. The recipe's
+    memory belongs to whoever made it: save it beside this state."""
 
     def __init__(
         self,
@@ -80,7 +87,13 @@ class Learner:
         recipe: Recipe | None = None,
         config: LearnerConfig | None = None,
         device: torch.device | str = "cpu",
+        critic: Critic | None = None,
     ) -> None:
+        """``critic`` is made from ``model`` when the recipe has values and none is given.
+
+        Raises:
+            UsageError: a schedule without its end, or a critic that the recipe has no use for.
+        """
         self.config = config or LearnerConfig()
         if self.config.schedule != "constant" and self.config.total_steps is None:
             raise UsageError(f"the schedule '{self.config.schedule}' needs total_steps")
@@ -91,12 +104,14 @@ class Learner:
         self.step = 0
         """Optimiser steps, skipped ones included."""
         self.skipped = 0
-        self.optimizer = torch.optim.AdamW(
-            _decay_groups(model, self.config.weight_decay),
-            lr=self.config.lr,
-            betas=self.config.betas,
-            fused=True,
-        )
+        self.optimizer = self._adamw(model, self.config.lr)
+        self.critic: Critic | None = None
+        if recipe is not None and recipe.needs_values:
+            self.critic = (Critic(self.model) if critic is None else critic).to(self.device).eval()
+            self.critic_optimizer = self._adamw(self.critic, self.config.lr_at(0, self.config.critic_lr))
+        elif critic is not None:
+            name = "no recipe" if recipe is None else f"recipe '{recipe.name}'"
+            raise UsageError(f"{name} has no use for a critic; a recipe with the regulariser 'value' has")
 
     def update(self, batch: Minibatch, generator: Generator | None = None) -> dict[str, float]:
         """``epochs`` passes over ``batch`` by the recipe; ``generator`` shuffles the rows into minibatches.
@@ -111,14 +126,17 @@ class Learner:
             raise UsageError("this learner has no recipe; it can only imitate")
         recipe, started = self.recipe, time.perf_counter()
         batch = batch.to(self.device)
+        if self.critic is not None and batch.values is None:
+            batch = batch.replace(values=self.values(batch))
         plan = recipe.plan(batch)
         active = batch.mask.any(1).nonzero()[:, 0].cpu()
         pieces = min(self.config.minibatches, len(active))
         steps = [
-            self._optimise(batch.select(rows), _recipe_objective(recipe, plan.select(rows), pieces))
+            self._optimise(batch.select(rows), _recipe_objective(recipe, plan.select(rows), pieces), self.critic)
             for rows in self._minibatches(active, pieces, generator)
         ]
-        return _mean_metrics(steps) | dict(plan.metrics) | self._report(batch, started, self.config.epochs)
+        known = dict(plan.metrics) | _value_metrics(plan, batch.mask)
+        return _mean_metrics(steps) | known | self._report(batch, started, self.config.epochs)
 
     def sft_update(self, batch: Minibatch) -> dict[str, float]:
         """One optimiser step on the mean negative log-likelihood of the trained tokens of ``batch``.
@@ -133,7 +151,7 @@ class Learner:
             raise UsageError("there is nothing to imitate: no token of the batch is marked as trained")
 
         def objective(
-            part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+            part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor, values: Tensor | None
         ) -> tuple[Tensor, Metrics]:
             loss = -logprobs.sum() / tokens
             return loss, {"loss": loss.detach(), "entropy/action_mean": entropy.detach().sum() / tokens}
@@ -151,12 +169,41 @@ class Learner:
             logprobs[rows, :width], entropy[rows, :width] = self._forward(model or self.model, part)
         return logprobs, entropy
 
+    @torch.no_grad()
+    def values(self, batch: Minibatch) -> Tensor:
+        """``[B, L]`` float32: the critic's values of the states before the trained tokens, 0 elsewhere.
+
+        Raises:
+            UsageError: this learner has no critic.
+        """
+        if self.critic is None:
+            raise UsageError("this learner has no critic; one whose recipe has the regulariser 'value' has")
+        batch = batch.to(self.device)
+        values = torch.zeros(batch.mask.shape, device=self.device)
+        for rows, width, part in self._parts(batch):
+            values[rows, :width] = self._values(self.critic, part)
+        return values
+
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser and counters; neither the model's weights nor the recipe's memory."""
-        return {"optimizer": self.optimizer.state_dict(), "step": self.step, "skipped": self.skipped}
+        """Optimiser and counters, and the critic with its optimiser; neither the model's weights nor the recipe's
+        memory."""
+        state = {"optimizer": self.optimizer.state_dict(), "step": self.step, "skipped": self.skipped}
+        if self.critic is not None:
+            state["critic"] = {"model": self.critic.state_dict(), "optimizer": self.critic_optimizer.state_dict()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Inverse of ``state_dict``."""
+        """Inverse of ``state_dict``.
+
+        Raises:
+            UsageError: the state has a critic and this learner has none, or the reverse.
+        """
+        if ("critic" in state) != (self.critic is not None):
+            saved, here = ("a", "no") if "critic" in state else ("no", "a")
+            raise UsageError(f"the saved learner has {saved} critic, and this recipe's learner has {here} critic")
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"]["model"])
+            self.critic_optimizer.load_state_dict(dict(state["critic"]["optimizer"]))
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
@@ -186,34 +233,51 @@ class Learner:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
             return token_statistics(model, part.tokens, part.mask, temperature=self.config.temperature)
 
-    def _optimise(self, batch: Minibatch, objective: Objective) -> dict[str, Tensor]:
+    def _values(self, critic: Critic, part: Minibatch) -> Tensor:
+        assert part.tokens is not None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
+            return critic.values(part.tokens, part.mask)
+
+    def _adamw(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
+        groups = _decay_groups(module, self.config.weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, betas=self.config.betas, fused=True)
+
+    def _optimise(self, batch: Minibatch, objective: Objective, critic: Critic | None = None) -> dict[str, Tensor]:
         """Accumulate the gradients of the parts and take one step, unless loss or gradient is not finite.
 
-        Both are looked at because the clamp of the log-ratio turns the gradient of a NaN into 0.
+        Both are looked at because the clamp of the log-ratio turns the gradient of a NaN into 0. With a critic, one
+        backward pass serves it too, and neither it nor the policy takes a step without the other.
         """
         parts: list[Metrics] = []
         for rows, width, part in self._parts(batch):
-            loss, metrics = objective(part, rows, width, *self._forward(self.model, part))
+            values = None if critic is None else self._values(critic, part)
+            loss, metrics = objective(part, rows, width, *self._forward(self.model, part), values)
             loss.backward()
             parts.append(metrics)
         merged = merge_metrics(parts)
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         lr = self.config.lr_at(self.step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        finite = bool(norm.isfinite() & merged["loss"].isfinite())
-        if finite:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        outcome = {"grad_norm": self._clip(self.model, self.optimizer, lr)}
+        optimizers = [self.optimizer]
+        if critic is not None:
+            critic_lr = self.config.lr_at(self.step, self.config.critic_lr)
+            outcome["critic/grad_norm"] = self._clip(critic, self.critic_optimizer, critic_lr)
+            optimizers.append(self.critic_optimizer)
+        finite = all(bool(number.isfinite()) for number in (merged["loss"], *outcome.values()))
+        for optimizer in optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped += not finite
-        outcome = {
-            "grad_norm": norm.detach(),
-            "lr": torch.tensor(lr),
-            "skipped": torch.tensor(float(not finite)),
-        }
-        return merged | outcome
+        return merged | outcome | {"lr": torch.tensor(lr), "skipped": torch.tensor(float(not finite))}
+
+    def _clip(self, module: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
+        """Clip the gradient of ``module`` and set the learning rate; the norm before clipping."""
+        parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        return norm.detach()
 
     def _report(self, batch: Minibatch, started: float, epochs: int) -> dict[str, float]:
         seconds = time.perf_counter() - started
@@ -226,13 +290,29 @@ class Learner:
 
 def _recipe_objective(recipe: Recipe, plan: Plan, scale: int) -> Objective:
     def objective(
-        part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor
+        part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor, values: Tensor | None
     ) -> tuple[Tensor, Metrics]:
-        loss, metrics = recipe.loss(part, plan.select(rows, width), logprobs, entropy)
+        loss, metrics = recipe.loss(part, plan.select(rows, width), logprobs, entropy, values)
         scaled = {name: value if name.endswith("/max") else value * scale for name, value in metrics.items()}
         return loss * scale, scaled
 
     return objective
+
+
+def _value_metrics(plan: Plan, mask: Tensor) -> dict[str, float]:
+    """How well the values that the plan was made with foretell its targets; nothing without values or
+    trained tokens.
+
+    The explained variance is ``1 - Var(R - V) / Var(R)`` over trained tokens: 1 is perfect, 0 no better than a
+    constant. It is 0 by convention where the targets differ by no more than rounding.
+    """
+    term = plan.terms.get(ValueLoss.name)
+    if term is None or not mask.any():
+        return {}
+    target, old = (term.inputs[name][mask].double() for name in ("target", "old"))
+    differ = target.max() - target.min() > 1e-6 * target.abs().max().clamp(min=1)
+    explained = 1 - float((target - old).var() / target.var()) if differ else 0.0
+    return {"critic/explained_variance": explained, "values/mean": float(old.mean())}
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from ..agents.policies import ExpertPolicy
 from ..agents.rollout import Progress, RolloutTask
 from ..agents.tree import Tree
 from ..config import RunConfig
+from ..errors import UsageError
 from .assembly import Agent, demonstrations_of, make_pool, play_tasks, seed_from, select_tasks
 from .batch import Minibatch
 from .learner import Learner, LearnerConfig
@@ -61,7 +62,12 @@ class WarmStart:
     """
 
     def __init__(self, agent: Agent, config: RunConfig, trees: Sequence[Tree], device: torch.device) -> None:
-        self._batch = Minibatch.from_trees(trees)
+        batch = Minibatch.from_trees(trees)
+        # A row may hold nothing but mistakes: in window context each turn is one.
+        taught = batch.mask.any(1).nonzero()[:, 0]
+        if not len(taught):
+            raise UsageError("there is nothing to imitate: the expert's play holds no action of its own")
+        self._batch = batch.select(taught)
         self._config = config
         rows = len(self._batch)
         self._per_epoch = math.ceil(rows / config.sft.batch_episodes)

@@ -3,6 +3,8 @@
 - ``masked_sum``, ``masked_mean``, ``masked_var``, ``masked_whiten``: safe against anything at masked
   positions.
 - ``turn_cells``, ``Cells``: the (trajectory, turn) cells that per-turn statistics reduce over.
+- ``cell_mean``: mean over the tokens of each cell.
+- ``trajectory_rows``: the trajectory of each row, and a row of each trajectory.
 - ``turn_entropy``: sum and number of token entropies at each turn index.
 """
 
@@ -42,7 +44,7 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
 
 @dataclass(frozen=True)
 class Cells:
-    """The cells of a mask: every turn of every trajectory that has a token in it."""
+    """The cells of a mask: every turn of every trajectory that has a token in it, by trajectory and then turn."""
 
     index: Tensor
     """``[B, L]`` cell of each token; 0 where the mask is off, so that it can be used to gather."""
@@ -52,6 +54,8 @@ class Cells:
     """``[C]`` trajectory of the cell, numbered from 0 in the order of their ids."""
     turns: Tensor
     """``[J]`` cells of each trajectory; 0 for one without tokens."""
+    turn: Tensor
+    """``[C]`` turn of the cell; rises within a trajectory."""
 
 
 def turn_cells(mask: Tensor, trajectory: Tensor, turn: Tensor) -> Cells:
@@ -62,7 +66,19 @@ def turn_cells(mask: Tensor, trajectory: Tensor, turn: Tensor) -> Cells:
     index = torch.zeros(mask.shape, dtype=torch.int64, device=mask.device)
     index[mask] = inverse
     owner = cells[:, 0]
-    return Cells(index, tokens, owner, torch.bincount(owner, minlength=len(names)))
+    return Cells(index, tokens, owner, torch.bincount(owner, minlength=len(names)), cells[:, 1])
+
+
+def cell_mean(x: Tensor, mask: Tensor, cells: Cells) -> Tensor:
+    """``[C]`` float64: mean of ``x`` ``[B, L]`` over the tokens of each of the cells of ``mask``."""
+    sums = torch.zeros(len(cells.tokens), dtype=torch.float64, device=mask.device)
+    return sums.index_add(0, cells.index[mask], x[mask].double()) / cells.tokens
+
+
+def trajectory_rows(batch: Minibatch) -> tuple[Tensor, Tensor]:
+    """``[B]`` number of each row's trajectory, as in ``Cells``, and ``[J]`` one of the rows of each trajectory."""
+    names, index = batch.trajectory.unique(return_inverse=True)
+    return index, torch.zeros_like(names).scatter_(0, index, torch.arange(len(index), device=index.device))
 
 
 def turn_entropy(batch: Minibatch, per_turn: bool = True) -> tuple[Tensor, Tensor]:

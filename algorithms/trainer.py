@@ -9,6 +9,7 @@ the step's number, and a run that was killed and resumed repeats what an undistu
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,16 @@ from transformers import PreTrainedModel
 
 from ..agents.models import place
 from ..agents.rollout import Progress, RolloutTask
+from ..agents.tree import Tree
 from ..envs.pool import EnvPool
+from ..errors import UsageError
 from .assembly import (
     engine_policy,
     load_agent,
     make_engine,
     make_pool,
     new_agent,
+    open_world,
     play_tasks,
     prepare_device,
     seed_from,
@@ -31,6 +35,7 @@ from .assembly import (
     tasks_of,
 )
 from .batch import Minibatch
+from .budget import rollout_metrics
 from .checkpoint import latest_checkpoint, load_state, save_checkpoint
 from .display import Display
 from .evaluate import Evaluation, evaluate, panel_of, summarise
@@ -71,19 +76,21 @@ class Trainer:
         self.panel = panel_of(config, config.env.eval_split)
         overrides = {"total_steps": max(1, config.train.steps)} | config.algorithm.overrides
         self.recipe = recipe(config.algorithm.name, preset=config.algorithm.preset, **overrides)
+        self._check_forks()
 
         self._reference_model: PreTrainedModel | None = None
         self.step = -1  # -1: before or in the warm start; k: step k is done.
         self.warm_state: dict[str, Any] | None = None
         state: dict[str, Any] | None = None
         checkpoint = latest_checkpoint(run.checkpoints)
+        self.rows = self.drawn = 0
         if checkpoint is None:
             self.agent = new_agent(config, self.device)
-            self.rows = 0
         else:
             self.agent = load_agent(config, checkpoint, self.device)
             state = load_state(checkpoint)
             self.step, self.rows, self.warm_state = state["step"], state["rows"], state["warm_start"]
+            self.drawn = state.get("drawn", max(0, self.step) * config.train.tasks_per_step)
         self.learner = self._make_learner()
         if state is not None and self.step >= 0:
             self.learner.load_state_dict(state["learner"])
@@ -109,6 +116,7 @@ class Trainer:
         if self.step < 0:
             if config.sft.tasks:
                 self._warm_start()
+                self.learner = self._make_learner()  # a critic begins as a copy of the policy
             self.step = 0
             self._evaluate()
             self._checkpoint()
@@ -142,15 +150,16 @@ class Trainer:
             self.engine.stats.prefill_tokens,
             self.engine.stats.cached_tokens,
         )
-        policy = engine_policy(self.agent, self.engine, config, config.agent.temperature)
-        trees = play_tasks(config, policy, pool, self.agent.format, self._rollout_tasks(), config.env.train_split)
+        played, trees = self._rollouts(pool)
         rollout_seconds = time.perf_counter() - started
-        summary = summarise(trees, config.env.train_split)
+        summary = summarise(played, config.env.train_split)
         self.display.status(f"step {step}/{config.train.steps}", f"update; rollouts took {rollout_seconds:.1f} s")
 
         started = time.perf_counter()
         generator = np.random.default_rng([config.seed, 4, step])
         batch = Minibatch.from_trees(trees)
+        if self._entropy_top_k:
+            batch = batch.replace(old_entropy=self.learner.score(batch)[1])
         if self.recipe.needs_reference:
             batch = batch.replace(ref_logprobs=self.learner.score(batch, self._reference())[0])
         metrics = self.learner.update(batch, generator)
@@ -168,10 +177,13 @@ class Trainer:
             "success/high": high,
             "episodes": summary.success.trials,
             "turns": summary.turns,
-            "reward": float(np.mean([episode.reward for tree in trees for episode in tree.trajectories])),
+            "reward": float(np.mean([episode.reward for tree in played for episode in tree.trajectories])),
             "env/failed": summary.failed,
+            **rollout_metrics(played),
+            "sampler/kept": len(trees) / len(played),
             **{("entropy/rollout" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
             "entropy/action_mean": summary.entropy,
+            "entropy/top_k": self._entropy_top_k,
             "tokens/sampled": decoded,
             "tokens/prefilled": stats.prefill_tokens - before[1],
             "tokens/cached": stats.cached_tokens - before[2],
@@ -188,6 +200,66 @@ class Trainer:
             decoded / rollout_seconds,
             seconds_left,
         )
+
+    def _rollouts(self, pool: EnvPool) -> tuple[list[Tree], list[Tree]]:
+        """All trees that were played for this step, and the ``tasks_per_step`` of them to learn from.
+
+        Where the recipe keeps only some groups, more tasks are played until there are enough of them; what is still
+        missing after the last round is filled up with groups that were not kept.
+        """
+        config, wanted = self.config, self.config.train.tasks_per_step
+        policy = engine_policy(self.agent, self.engine, config, config.agent.temperature, self._entropy_top_k)
+        played: list[Tree] = []
+        kept: list[int] = []
+        for _ in range(self.recipe.max_batches):
+            tasks, first = self._rollout_tasks(len(played)), len(played)
+            played += play_tasks(
+                config,
+                policy,
+                pool,
+                self.agent.format,
+                tasks,
+                config.env.train_split,
+                branching=self.recipe.branching,
+            )
+            kept += [first + place for place in self._kept(played[first:])]
+            if len(kept) >= wanted:
+                break
+            self.display.status(
+                f"step {self.step}/{config.train.steps}", f"{len(kept)} of {wanted} groups to learn from"
+            )
+        rest = [place for place in range(len(played)) if place not in set(kept)]
+        chosen = sorted(kept[:wanted] + rest[: max(0, wanted - len(kept))])
+        return played, [played[place] for place in chosen]
+
+    def _kept(self, trees: Sequence[Tree]) -> list[int]:
+        """The places of trees that the recipe wants to learn from."""
+        if self.recipe.max_batches == 1:
+            return list(range(len(trees)))
+        try:
+            batch = Minibatch.from_trees(trees)
+        except UsageError:  # every episode failed
+            return []
+        return sorted(set(batch.group[self.recipe.kept(batch)].tolist()))
+
+    @property
+    def _entropy_top_k(self) -> int:
+        """0 where entropies of rollouts are exact."""
+        branching = self.recipe.branching
+        return (branching.entropy_top_k if branching is not None else 0) or self.config.agent.entropy_top_k
+
+    def _check_forks(self) -> None:
+        """A world that cannot be forked is found out before anything is spent."""
+        if self.recipe.branching is None:
+            return
+        world = open_world(self.config.env, self.config.env.train_split)
+        able = world.has_wrapper_attr("snapshot") and world.has_wrapper_attr("restore")
+        world.close()
+        if not able:
+            raise UsageError(
+                f"'{self.config.env.id}' cannot be forked: it has no snapshot() and restore(), which "
+                f"'{self.recipe.name}' needs"
+            )
 
     def _reference(self) -> PreTrainedModel:
         """The policy as reinforcement learning found it; kept in the run folder for resumed runs."""
@@ -246,12 +318,14 @@ class Trainer:
         display.row(f"eval {self.step}", result.success, result.turns, result.entropy, rate, None)
         return result
 
-    def _rollout_tasks(self) -> list[RolloutTask]:
-        """This step's tasks: the next ones of an endless sequence of shuffled passes over the training tasks."""
+    def _rollout_tasks(self, first: int) -> list[RolloutTask]:
+        """The next tasks of an endless sequence of shuffled passes over the training tasks; this step has had
+        ``first``."""
         config, count = self.config, len(self.tasks)
         chosen = []
-        for index in range(config.train.tasks_per_step):
-            epoch, position = divmod((self.step - 1) * config.train.tasks_per_step + index, count)
+        for index in range(first, first + config.train.tasks_per_step):
+            epoch, position = divmod(self.drawn, count)
+            self.drawn += 1
             order = np.random.default_rng([config.seed, 3, epoch]).permutation(count)
             seed = seed_from(config.seed, 5, self.step, index)
             chosen.append(RolloutTask(self.tasks[order[position]], config.train.group_size, seed))
@@ -264,6 +338,7 @@ class Trainer:
             self.recipe,
             LearnerConfig(
                 lr=options.lr,
+                critic_lr=options.critic_lr,
                 schedule=options.schedule,
                 warmup_steps=options.warmup_steps,
                 total_steps=options.steps * options.epochs * options.minibatches,
@@ -286,6 +361,7 @@ class Trainer:
         state = {
             "step": -1 if warm is not None else self.step,
             "rows": self.rows,
+            "drawn": self.drawn,
             "warm_start": warm.state_dict() if warm is not None else None,
             "learner": self.learner.state_dict(),
             "recipe": self.recipe.state_dict(),

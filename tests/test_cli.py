@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from agentropy.agents.tree import Trajectory, Tree
+from agentropy.algorithms.runs import RunFolder
 from agentropy.cli import main
 from agentropy.config import load_config
 
@@ -49,6 +51,8 @@ def test_a_dry_run_prints_a_configuration_that_reads_back(capsys: pytest.Capture
         (["data", "pack", "/nowhere", "/nowhere/out"], "/nowhere"),
         (["data", "pack", "/nowhere", "/nowhere/games.zip"], "ends in .jsonl.xz or .jsonl.gz"),
         (["recipes", "show", "grop"], "did you mean 'grpo'"),
+        (["view", "/nowhere"], "`agentropy view /nowhere --tree`"),
+        (["view", "/nowhere", "--tree"], "holds no run"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
@@ -88,6 +92,24 @@ def test_recipes_are_listed_and_shown() -> None:
     assert {"grpo", "epo"} <= {line.split()[0] for line in listed.stdout.splitlines()}
     shown = run("recipes", "show", "epo").stdout
     assert "2509.22576" in shown and "aggregation" in shown and "entropy_coef=0.001" in shown
+
+
+def test_a_tree_of_a_run_is_drawn_without_colours_where_nobody_looks(tmp_path: Path) -> None:
+    tree = Tree("put-mug-on-desk", "train")
+    prompt = tree.add(-1, "prompt", [1, 2], text="A room.")
+    for command in ("go to desk", "look"):
+        floats = {"logprobs": [-1.0], "entropies": [0.25]}
+        leaf = tree.add(prompt, "action", [3], sampled=True, turn=0, text=command, **floats)
+        tree.trajectories.append(Trajectory((leaf,)))
+    folder = RunFolder(tmp_path, load_config())
+    folder.make()
+    folder.save_trees(3, [tree])
+    done = run("view", str(tmp_path), "--tree", "--step", "3", "--task", "put-mug-on-desk", "--depth", "1")
+    assert done.returncode == 0, done.stderr
+    assert "put-mug-on-desk  train, step 3, tree 0 of 1" in done.stdout and "│ go to desk" in done.stdout
+    assert "\x1b" not in done.stdout
+    wrong = run("view", str(tmp_path), "--tree", "--task", "put-mug-on-dsk")
+    assert wrong.returncode == 2 and "did you mean 'put-mug-on-desk'" in wrong.stderr
 
 
 def test_a_dataset_is_packed_and_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

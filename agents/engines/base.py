@@ -76,6 +76,8 @@ class SamplingParams:
         stop_token_ids: sampling one of these ends the completion.
         stop_strings: the completion ends with the first token after which its decoded text contains one of
             these; needs an engine with a tokenizer.
+        entropy_top_k: 0 for exact entropies, else the estimate −Σ p log p over the k most probable tokens and the
+            sampled one, not renormalised: a lower bound, and all that servers such as vLLM can tell.
 
     Raises:
         UsageError: a value is out of range.
@@ -86,6 +88,7 @@ class SamplingParams:
     top_p: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+    entropy_top_k: int = 0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -94,6 +97,8 @@ class SamplingParams:
             raise UsageError(f"top_k is {self.top_k}; expected 0 (keep all) or a positive count")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p is {self.top_p}; expected 0 < top_p <= 1")
+        if self.entropy_top_k < 0:
+            raise UsageError(f"entropy_top_k is {self.entropy_top_k}; expected 0 (exact) or a positive count")
         if isinstance(self.stop_strings, str) or "" in self.stop_strings:
             raise UsageError(f"stop_strings is {self.stop_strings!r}; expected a tuple of non-empty strings")
         object.__setattr__(self, "stop_token_ids", tuple(int(token) for token in self.stop_token_ids))
@@ -104,16 +109,19 @@ class SamplingParams:
 class Completion:
     """The tokens sampled for one request; all vectors have the same length n, which may be 0.
 
+    Entropies are over the full vocabulary where ``entropy_top_k`` is 0, else lower estimates; see ``SamplingParams``.
+
     Attributes:
         tokens: int32[n], including the stop token.
         logprobs: float32[n], under softmax(logits / temperature) over the full vocabulary, in nats.
         raw_logprobs: float32[n], under softmax(logits).
-        entropies: float32[n], of softmax(logits / temperature) over the full vocabulary, in nats.
+        entropies: float32[n], of softmax(logits / temperature), in nats.
         raw_entropies: float32[n], of softmax(logits).
         stop: why it ended.
         version: the weights that sampled it.
         cached_tokens: how many context tokens were not computed for this request, 0 <= cached_tokens <= L; all L
             where another request of the batch has the same context.
+        entropy_top_k: 0 where the entropies are exact, else the k that they were estimated from.
     """
 
     tokens: NDArray[np.int32]
@@ -124,6 +132,7 @@ class Completion:
     stop: StopReason
     version: int
     cached_tokens: int
+    entropy_top_k: int = 0
 
 
 @dataclass
@@ -148,6 +157,8 @@ class Engine(Protocol):
     """A function of token ids: the same request with the same weights and seed gives the same tokens."""
 
     stats: EngineStats
+    vocabulary: int
+    """Number of token ids: 0 to vocabulary - 1, those of the embedding's padding included."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Continue every request; completions come back in the order of the requests."""

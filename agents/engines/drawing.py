@@ -56,7 +56,9 @@ class Generation:
         """Draw the next token of every active row from logits [active, V]; return the rows that go on."""
         rows, number, params = self.active, len(self.tokens), self._params
         uniforms = torch.from_numpy(counter_uniforms(self._seeds[rows], np.array(number, dtype=np.uint64)))
-        drawn = sample(logits, uniforms.to(logits.device), params.temperature, params.top_k, params.top_p)
+        drawn = sample(
+            logits, uniforms.to(logits.device), params.temperature, params.top_k, params.top_p, params.entropy_top_k
+        )
         statistics = torch.stack((drawn.logprob_tempered, drawn.logprob_raw, drawn.entropy_tempered, drawn.entropy_raw))
         tokens = np.zeros(len(self.slots), dtype=np.int64)
         tokens[rows] = drawn.token.cpu().numpy()

@@ -84,7 +84,7 @@ class TorchEngine:
         self._tokenizer = tokenizer
         self._max_batch = max_batch
         self._max_positions = getattr(self._model.config, "max_position_embeddings", None) or 2**31
-        self._vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        self.vocabulary = self._model.get_input_embeddings().weight.shape[0]
         self._runner: Runner = (
             LlamaRunner(self._model) if fused and LlamaRunner.supports(self._model) else GenericRunner(self._model)
         )
@@ -114,12 +114,12 @@ class TorchEngine:
         if params.stop_strings and self._tokenizer is None:
             raise UsageError("stop_strings need a tokenizer; expected TorchEngine(model, tokenizer)")
         for request in requests:
-            if request.tokens.min() < 0 or request.tokens.max() >= self._vocabulary:
+            if request.tokens.min() < 0 or request.tokens.max() >= self.vocabulary:
                 raise UsageError(
                     f"a request holds token {request.tokens.max()} or {request.tokens.min()}; "
-                    f"expected ids from 0 to {self._vocabulary - 1}"
+                    f"expected ids from 0 to {self.vocabulary - 1}"
                 )
-        completions = [self._empty] * len(requests)
+        completions = [self._empty(params)] * len(requests)
         room = [self._max_positions - len(request.tokens) for request in requests]
         waiting = [i for i in range(len(requests)) if room[i] > 0]
         try:
@@ -207,7 +207,7 @@ class TorchEngine:
             )
         tokens, statistics, counts, stopped = generation.columns()
         self.stats.decode_tokens += int(counts.sum())
-        completions = [self._empty] * len(requests)
+        completions = [self._empty(params)] * len(requests)
         for row, (i, count) in enumerate(zip(order, counts, strict=True)):
             logprobs, raw_logprobs, entropies, raw_entropies = statistics[:, row, :count].astype(np.float32)
             reason = StopReason.CONTEXT if requests[i].max_tokens > room[i] else StopReason.LENGTH
@@ -220,16 +220,24 @@ class TorchEngine:
                 stop=StopReason.STOP if stopped[row] else reason,
                 version=self._version,
                 cached_tokens=int(cached[i]),
+                entropy_top_k=params.entropy_top_k,
             )
         return completions
 
-    @property
-    def _empty(self) -> Completion:
+    def _empty(self, params: SamplingParams) -> Completion:
         """What a context that already fills the model's positions gets."""
         nothing = np.zeros(0, dtype=np.float32)
         tokens = nothing.astype(np.int32)
         return Completion(
-            tokens, nothing, nothing, nothing, nothing, StopReason.CONTEXT, self._version, cached_tokens=0
+            tokens,
+            nothing,
+            nothing,
+            nothing,
+            nothing,
+            stop=StopReason.CONTEXT,
+            version=self._version,
+            cached_tokens=0,
+            entropy_top_k=params.entropy_top_k,
         )
 
     def _prefill(self, contexts: Sequence[Tokens]) -> tuple[NDArray[np.int64], NDArray[np.int64], Tensor]:

@@ -28,6 +28,7 @@ class EPO(Method):
         "loss = base - λ (L^H - β_k L^smooth)",
         "L^H = agg(H), L^smooth = agg(α P), agg: token -> turn -> trajectory -> batch mean",
         "P = (κ_l H̄ - H)+ + (H - κ_r H̄)+, H̄ = mean over earlier steps of their mean action entropy",
+        "history window: H̄ over the last history_window steps; ema: H̄ <- history_decay H̄ + (1 - history_decay) H",
         "β_k = 1 + exp(-γ k / floor(K / 2))",
     )
     sources: ClassVar = (
@@ -66,6 +67,12 @@ class EPO(Method):
     """One reference entropy, or one for each turn index."""
     append: Literal["after", "before"] = "after"
     """Whether the current step's entropy joins the reference after or before its own update."""
+    history: Literal["cumulative", "window", "ema"] = "cumulative"
+    """Which steps make the reference: all alike, as in the paper; the last ones; or all, older ones less and less."""
+    history_window: int = Field(10, ge=1)
+    """Steps that ``window`` looks back on."""
+    history_decay: float = Field(0.9, ge=0, lt=1)
+    """Share of the old reference in the next one, for ``ema``."""
     beta: Literal["paper", "official", "constant"] = "paper"
     """β_k; ``constant`` is 1."""
     gate_turn: Literal["none", "half"] = "none"
@@ -86,6 +93,9 @@ class EPO(Method):
             beta=self.beta,
             reference=self.reference,
             append=self.append,
+            kind=self.history,
+            window=self.history_window,
+            decay=self.history_decay,
             gate_turn=self.max_turns // 2 if self.gate_turn == "half" else None,
             pad_turns=self.max_turns if self.pad_turns else None,
         )

@@ -48,6 +48,12 @@ class EntropyHistory:
     reference: Literal["scalar", "per_turn"] = "scalar"
     append: Literal["after", "before"] = "after"
     """``before``: the reference already includes the current batch."""
+    kind: Literal["cumulative", "window", "ema"] = "cumulative"
+    """Which steps the reference is a mean of: all, the last ``window``, or all with weights that fall by ``decay``. A
+    step in which nobody reached a turn says nothing about it; one that nobody reached in ``window`` steps has no
+    reference."""
+    window: int = 10
+    decay: float = 0.9
     gate_turn: int | None = None
     """The penalty is off unless some row of the batch reaches this turn."""
     pad_turns: int | None = None
@@ -70,7 +76,7 @@ class EntropyHistory:
         if self.gate_turn is not None:
             scalars["epo/where"] = reaches_turn(batch, self.gate_turn)
         if history:
-            scalars["epo/reference"] = self._spread(batch, _mean(history))
+            scalars["epo/reference"] = self._spread(batch, self._summary(history))
         return scalars
 
     def end(self, metrics: Mapping[str, float]) -> None:
@@ -91,6 +97,12 @@ class EntropyHistory:
     def _current(self) -> list[float]:
         means = [total / number if number else math.nan for total, number in zip(*self.pending, strict=True)]
         return means if self.pad_turns is None else [0.0] * (self.pad_turns - len(means)) + means
+
+    def _summary(self, history: Sequence[Sequence[float]]) -> list[float]:
+        """The reference at each turn."""
+        if self.kind == "ema":
+            return _moving(history, self.decay)
+        return _mean(history[-self.window :] if self.kind == "window" else history)
 
     def _beta(self, step: int) -> float:
         if self.beta == "paper":
@@ -117,4 +129,15 @@ def _mean(history: Sequence[Sequence[float]]) -> list[float]:
     for turn in range(max(map(len, history))):
         reached = [entry[turn] for entry in history if turn < len(entry) and not math.isnan(entry[turn])]
         means.append(math.fsum(reached) / len(reached) if reached else math.nan)
+    return means
+
+
+def _moving(history: Sequence[Sequence[float]], decay: float) -> list[float]:
+    """At each turn ``m ← decay m + (1 - decay) H`` over the steps that reached it, from the first one's H on."""
+    means: list[float] = []
+    for entry in history:
+        means += [math.nan] * (len(entry) - len(means))
+        for turn, value in enumerate(entry):
+            if not math.isnan(value):
+                means[turn] = value if math.isnan(means[turn]) else decay * means[turn] + (1 - decay) * value
     return means

@@ -3,6 +3,7 @@
 - ``EntropyBonus``: reward the entropy of action tokens.
 - ``Corridor``: penalise entropy outside a band around a reference that a controller supplies.
 - ``ReferenceKL``: stay near a reference model. ``kl_estimate``: its estimators.
+- ``ValueLoss``: teach the critic.
 """
 
 from __future__ import annotations
@@ -124,3 +125,37 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor, estimator: Estimator = "
         return d**2 / 2
     clamped = (-d).clamp(-20, 20)
     return (clamped.exp() - clamped - 1).clamp(-10, 10)
+
+
+@register("regulariser", "value")
+@dataclass(frozen=True, kw_only=True)
+class ValueLoss:
+    """``coefficient · ½ agg(max((v - R)², (clip(v, V - c, V + c) - R)²))``, PPO's value loss as verl has it.
+
+    ``v`` is the critic's value now, ``V`` the one that the batch was planned with, ``c`` is ``clip`` (None: no second
+    argument of the maximum), and the target ``R`` is the credit before shapes plus ``V``.
+    """
+
+    name: ClassVar[str] = "value"
+    coefficient: float = 1.0
+    clip: float | None = 0.5
+    agg: Mode = "token-mean"
+
+    def plan(self, batch: Minibatch, scalars: Mapping[str, Any]) -> Term:
+        if batch.values is None:
+            raise UsageError("the value loss needs values in the batch, so the learner needs a critic")
+        old = torch.where(batch.mask, batch.values, 0)
+        share = use("aggregation", self.agg)(batch, batch.mask)
+        return Term(self.coefficient * share, {"target": scalars["critic/target"], "old": old})
+
+    def value(
+        self, batch: Minibatch, term: Term, logprobs: Tensor, entropy: Tensor, values: Tensor | None = None
+    ) -> Tensor:
+        if values is None:
+            raise UsageError("the value loss needs the critic's current values; Recipe.loss takes them as 'values'")
+        target, old = term.inputs["target"], term.inputs["old"]
+        error = (values - target) ** 2
+        if self.clip is not None:
+            near = values.clamp(old - self.clip, old + self.clip)
+            error = torch.maximum(error, (near - target) ** 2)
+        return error / 2

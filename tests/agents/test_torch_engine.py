@@ -30,6 +30,10 @@ from agentropy.agents.engines import Completion, Engine, Request, SamplingParams
 from agentropy.agents.engines.llama import LlamaRunner
 from agentropy.agents.engines.slots import SlotIndex, common_prefixes
 from agentropy.agents.engines.torch_engine import TorchEngine
+from agentropy.agents.messages import ParsedAction
+from agentropy.agents.policies import Context
+from agentropy.algorithms.assembly import Agent, engine_policy
+from agentropy.config import load_config
 from agentropy.errors import AgentropyError, UsageError
 
 VOCABULARY = 97
@@ -302,6 +306,54 @@ def test_truncated_sampling_keeps_full_softmax_statistics(llama: PreTrainedModel
             assert int(rank.max()) < top_k
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1.4])
+def test_entropies_can_be_estimated_from_the_most_probable_tokens(llama: PreTrainedModel, temperature: float) -> None:
+    asked = requests(contexts(6), max_tokens=10)
+    asked.append(Request(np.resize(asked[0].tokens, 256).astype(np.int32), seed=0, max_tokens=10))
+    engine = TorchEngine(llama)
+    exact = engine.generate(asked, SamplingParams(temperature=temperature))
+    done = engine.generate(asked, SamplingParams(temperature=temperature, entropy_top_k=5))
+    assert {c.entropy_top_k for c in exact} == {0} and {c.entropy_top_k for c in done} == {5}
+    for request, completion, whole in zip(asked[:-1], done, exact, strict=False):
+        np.testing.assert_array_equal(completion.tokens, whole.tokens)
+        np.testing.assert_allclose(completion.logprobs, whole.logprobs, atol=1e-4)
+        sequence = torch.from_numpy(np.concatenate((request.tokens, completion.tokens))).long()[None]
+        with torch.no_grad():
+            logits = llama(sequence).logits[0, len(request.tokens) - 1 : -1].double()
+        for scale, entropies in ((temperature or 1.0, completion.entropies), (1.0, completion.raw_entropies)):
+            for row, token, estimate in zip(logits, completion.tokens, entropies, strict=True):
+                logp = torch.log_softmax(row / scale, dim=-1)
+                known = list({*logp.topk(5).indices.tolist(), int(token)})
+                assert float(estimate) == pytest.approx(float(-(logp[known].exp() * logp[known]).sum()), abs=1e-4)
+    for request, completion in zip(
+        asked, engine.generate(asked, SamplingParams(temperature=temperature, entropy_top_k=VOCABULARY)), strict=True
+    ):
+        assert_exact(llama, request, completion, temperature or 1.0)
+
+
+class Silence:
+    """A format for which every action is an empty command."""
+
+    stop_token_ids = ()
+    stop_strings = ()
+
+    def parse(self, tokens: list[int], info: dict[str, object]) -> ParsedAction:
+        return ParsedAction("", valid=True, closed=True, text="")
+
+
+@pytest.mark.parametrize("entropy_top_k", [0, 5])
+def test_an_action_says_what_its_entropies_are(llama: PreTrainedModel, entropy_top_k: int) -> None:
+    config = load_config(overrides=[f"agent.entropy_top_k={entropy_top_k}", "agent.max_action_tokens=10"])
+    policy = engine_policy(Agent(llama, None, Silence()), TorchEngine(llama), config, 0.8)
+    assert policy.vocabulary == VOCABULARY
+    (request,) = requests(contexts(1), max_tokens=10)
+    (act,) = policy.act([Context(request.tokens, request.seed, 0, "", {})])
+    params = SamplingParams(temperature=0.8, entropy_top_k=entropy_top_k)
+    (expected,) = TorchEngine(llama).generate([request], params)
+    assert act.entropy_top_k == entropy_top_k
+    np.testing.assert_array_equal(act.entropies, expected.entropies)
+
+
 def test_stop_tokens_end_a_row_and_belong_to_it(llama: PreTrainedModel) -> None:
     stops = tuple(range(0, 30))
     done = TorchEngine(llama).generate(requests(contexts(12), max_tokens=40), SamplingParams(stop_token_ids=stops))
@@ -436,7 +488,7 @@ def test_release_forgets_a_prefix_and_close_everything(llama: PreTrainedModel) -
     assert cached[0] == 0 and cached[1] == len(asked[1].tokens) - 1
     engine.release()
     assert [c.cached_tokens for c in engine.generate(asked, SamplingParams())] == [0, 0, 0]
-    assert isinstance(engine, Engine)
+    assert isinstance(engine, Engine) and engine.vocabulary == VOCABULARY
     engine.close()
     engine.close()
 
@@ -481,6 +533,7 @@ def test_a_random_workload_stays_exact(llama: PreTrainedModel) -> None:
         lambda: SamplingParams(temperature=-1),
         lambda: SamplingParams(top_p=0),
         lambda: SamplingParams(top_k=-1),
+        lambda: SamplingParams(entropy_top_k=-1),
         lambda: SamplingParams(stop_strings=("",)),
     ],
 )

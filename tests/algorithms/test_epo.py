@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from agentropy.algorithms import Minibatch, recipe
 from agentropy.algorithms.slots.controller import official_phase_weight, phase_weight
+from agentropy.errors import UsageError
 
 FLAT = {"entropy_coef": 1.0, "alpha": 1.0, "beta": "constant", "agg": "token-sum"}
 """Options that leave the bare penalty and the bare entropy in the loss."""
 
 
-def remembering(history, step=1, **options):
+def remembering(history, /, step=1, **options):
     """EPO that has already seen ``history``: numbers, or vectors over turns."""
     epo = recipe("epo", **options)
     entries = [list(entry) if isinstance(entry, list) else [entry] for entry in history]
@@ -194,6 +195,98 @@ def test_rows_move_with_their_turns():
 
     assert loss([0, 1, 2], [2, 0, 1]) == pytest.approx(loss([0, 1, 2], [0, 1, 2]), abs=1e-15)
     assert loss([1, 0, 2], [0, 1, 2]) != pytest.approx(loss([0, 1, 2], [0, 1, 2]), abs=1e-3)
+
+
+KINDS = ("cumulative", "window", "ema")
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "before"),
+    [
+        ({}, 3.0, 3.5),
+        ({"history": "window", "history_window": 2}, 4.0, 4.5),
+        ({"history": "window", "history_window": 1}, 4.0, 5.0),
+        ({"history": "window", "history_window": 9}, 3.0, 3.5),
+        ({"history": "ema", "history_decay": 0.75}, 2.3125, 2.984375),
+        ({"history": "ema", "history_decay": 0.0}, 4.0, 5.0),
+    ],
+)
+def test_a_history_is_of_all_steps_of_the_last_ones_or_fades(options, after, before):
+    """Earlier steps 1, 4 and 4 and a batch of 5, which joins the reference after its update or before it.
+
+    With decay 3/4 the reference is 1, then 1.75, then 2.3125, then 2.984375.
+    """
+    assert reference(remembering([1.0, 4.0, 4.0], **options), row([5.0])) == [after]
+    assert reference(remembering([1.0, 4.0, 4.0], append="before", **options), row([5.0])) == [before]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_history_begins_with_the_first_step_and_then_takes_the_next(kind):
+    epo = recipe("epo", history=kind, history_window=1, history_decay=0.5)
+    assert epo.plan(row([2.0])).terms["corridor"].coefficient.eq(0).all()
+    epo.on_step_end({})
+    assert reference(epo, row([4.0])) == [2]
+    epo.on_step_end({})
+    assert reference(epo, row([0.0])) == [{"cumulative": 3, "window": 4, "ema": 3}[kind]]
+
+
+@given(
+    history=st.lists(st.floats(0.0, 4.0), min_size=1, max_size=15),
+    window=st.integers(1, 20),
+    decay=st.floats(0.0, 0.99),
+)
+def test_histories_equal_plain_loops(history, window, decay):
+    fading = history[0]
+    for value in history[1:]:
+        fading = decay * fading + (1 - decay) * value
+    for kind, expected in [("window", np.mean(history[-window:])), ("ema", fading)]:
+        epo = remembering(history, history=kind, history_window=window, history_decay=decay)
+        assert reference(epo, row([0.5])) == pytest.approx([expected], abs=1e-12)
+
+
+def test_histories_per_turn_treat_each_turn_by_itself():
+    """Nobody reached turn 1 in the second step nor turn 2 after the first one.
+
+    A window forgets a turn that its steps did not reach; what fades keeps the turn's old value.
+    """
+    history = [[1.0, 2.0, 3.0], [2.0, math.nan], [4.0, 6.0]]
+    batch = row([0.1] * 4, turn=[0, 1, 2, 3])
+
+    def references(**options):
+        return reference(remembering(history, reference="per_turn", **options), batch)
+
+    assert references() == pytest.approx([7 / 3, 4, 3, math.nan], nan_ok=True)
+    assert references(history="window", history_window=2) == pytest.approx([3, 6, math.nan, math.nan], nan_ok=True)
+    assert references(history="ema", history_decay=0.5) == pytest.approx([2.75, 4, 3, math.nan], nan_ok=True)
+    late = remembering([[1.0], [2.0, 5.0], [2.0, 7.0]], reference="per_turn", history="ema", history_decay=0.5)
+    assert reference(late, batch)[1] == 6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("reference_of", ["scalar", "per_turn"])
+@pytest.mark.parametrize("append", ["after", "before"])
+def test_every_history_survives_a_checkpoint_between_and_within_steps(ragged, kind, reference_of, append):
+    def made():
+        options = {"history": kind, "history_window": 2, "history_decay": 0.7, "append": append}
+        return recipe("epo", "corridor", total_steps=9, reference=reference_of, entropy_coef=1.0, **options)
+
+    kept, resumed = made(), made()
+    for seed in range(4):
+        kept.plan(ragged(seed)[0])
+        if seed < 3:
+            kept.on_step_end({})
+    resumed.load_state_dict(json.loads(json.dumps(kept.state_dict())))
+    for epo in (kept, resumed):
+        epo.on_step_end({})
+    batch, logprobs, entropy = ragged(9)
+    losses = [epo.loss(batch, epo.plan(batch), logprobs, entropy)[0] for epo in (kept, resumed, made())]
+    assert torch.equal(losses[0], losses[1]) and not torch.equal(losses[0], losses[2])
+
+
+def test_histories_out_of_range_are_refused():
+    for options in ({"history_window": 0}, {"history_decay": 1.0}, {"history": "windows"}):
+        with pytest.raises(UsageError, match=next(iter(options))):
+            recipe("epo", **options)
 
 
 @pytest.mark.parametrize("preset", ["paper", "corridor", "official"])

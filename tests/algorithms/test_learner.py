@@ -10,6 +10,7 @@ from torch.nn.functional import log_softmax
 
 from agentropy.agents.models import build_small_model
 from agentropy.algorithms import Minibatch, recipe
+from agentropy.algorithms.critic import Critic
 from agentropy.algorithms.forward import token_statistics
 from agentropy.algorithms.learner import Learner, LearnerConfig
 from agentropy.errors import UsageError
@@ -41,8 +42,19 @@ def token_batch(seed=0, rows=12, width=30):
     )
 
 
+def opinionated_critic(model):
+    """A critic that tells states apart before it has learned anything, so that its body has a gradient at once."""
+    critic = Critic(model)
+    torch.nn.init.normal_(critic.head.weight, generator=torch.Generator().manual_seed(3))
+    return critic
+
+
 def weights(model):
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def drop_times(metrics):
+    return {name: value for name, value in metrics.items() if "second" not in name}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -120,26 +132,29 @@ def test_an_on_policy_update_has_ratio_one_and_follows_the_advantages():
     assert ((learner.score(batch)[0] - before) * advantages).sum() > 0
 
 
+@pytest.mark.parametrize(("name", "preset"), [("epo", "corridor"), ("ppo", None)])
 @pytest.mark.parametrize("generator", [np.random.default_rng, lambda seed: torch.Generator().manual_seed(seed)])
-def test_a_resumed_run_is_bit_identical(generator):
+def test_a_resumed_run_is_bit_identical(generator, name, preset):
     config = LearnerConfig(lr=1e-2, epochs=2, minibatches=3, schedule="cosine", total_steps=24, weight_decay=0.1)
 
     def steps(learner, which):
         for step in which:
             metrics = learner.update(token_batch(step), generator(step))
             learner.recipe.on_step_end(metrics)
-        return {key: value for key, value in metrics.items() if "second" not in key}
+        return drop_times(metrics)
 
-    kept = Learner(tiny_model(), recipe("epo", preset="corridor"), config)
+    kept = Learner(tiny_model(), recipe(name, preset=preset), config)
     steps(kept, [0, 1])
     saved = copy.deepcopy((kept.model.state_dict(), kept.state_dict(), kept.recipe.state_dict()))
     expected = steps(kept, [2, 3])
-    resumed = Learner(tiny_model(seed=9), recipe("epo", preset="corridor"), config)
+    resumed = Learner(tiny_model(seed=9), recipe(name, preset=preset), config)
     resumed.model.load_state_dict(saved[0])
     resumed.load_state_dict(saved[1])
     resumed.recipe.load_state_dict(saved[2])
     assert steps(resumed, [2, 3]) == expected
     assert torch.equal(weights(resumed.model), weights(kept.model)) and resumed.step == kept.step == 24
+    if kept.critic is not None:
+        assert torch.equal(weights(resumed.critic), weights(kept.critic))
 
 
 def test_a_gradient_that_is_not_finite_skips_its_step():
@@ -151,6 +166,107 @@ def test_a_gradient_that_is_not_finite_skips_its_step():
     assert metrics["skipped"] == learner.skipped == 2 and torch.equal(weights(model), before)
     assert learner.update(batch, np.random.default_rng(0))["skipped"] == 0
     assert not torch.equal(weights(model), before) and weights(model).isfinite().all()
+
+
+def test_a_critic_learns_a_fixed_batch():
+    """Value loss falls to a hundredth, and the critic comes to explain the returns."""
+    learner = Learner(tiny_model(), recipe("ppo"), LearnerConfig(lr=0.0, critic_lr=1e-2))
+    before, batch = weights(learner.model), token_batch()
+    history = [learner.update(batch) for _ in range(40)]
+    losses, explained = ([metrics[name] for metrics in history] for name in ("value_loss", "critic/explained_variance"))
+    assert history[0]["values/mean"] == 0 and explained[0] == pytest.approx(0, abs=1e-12)
+    assert losses[0] == pytest.approx((batch.returns[:, None].expand_as(batch.mask)[batch.mask] ** 2).mean() / 2)
+    assert losses[-1] < losses[0] / 100 and explained[-1] > 0.95
+    assert losses[::10] == sorted(losses[::10], reverse=True)
+    assert history[-1]["values/mean"] == pytest.approx(learner.values(batch)[batch.mask].mean().item(), abs=1e-2)
+    assert torch.equal(weights(learner.model), before)
+
+
+def test_the_critics_update_does_not_depend_on_the_size_of_micro_batches():
+    results = []
+    for tokens in (30, 64, 100_000):
+        model = tiny_model()
+        config = LearnerConfig(lr=1e-2, micro_batch_tokens=tokens, clip_norm=math.inf)
+        learner = Learner(model, recipe("ppo", lam=0.9), config, critic=opinionated_critic(model))
+        metrics = learner.update(token_batch())
+        names = ("loss", "value_loss", "grad_norm", "critic/grad_norm", "critic/explained_variance", "values/mean")
+        results.append((weights(model), weights(learner.critic), {name: metrics[name] for name in names}))
+    for policy, critic, metrics in results[1:]:
+        torch.testing.assert_close(policy, results[0][0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(critic, results[0][1], rtol=0, atol=1e-4)
+        assert metrics == pytest.approx(results[0][2], rel=1e-5)
+
+
+def test_policy_and_critic_have_a_gradient_norm_and_a_learning_rate_each():
+    """However large the value loss, it takes nothing from the policy's step; and either can stand still alone."""
+    policies, batch = [], token_batch()
+    for coefficient in (1.0, 1e6):
+        model = tiny_model()
+        learner = Learner(model, recipe("ppo", value_coef=coefficient), LearnerConfig(lr=1e-2, clip_norm=0.01))
+        metrics = learner.update(batch)
+        policies.append((weights(model), metrics["grad_norm"]))
+        assert (metrics["critic/grad_norm"] > 1e4) == (coefficient > 1)
+    assert torch.equal(policies[0][0], policies[1][0]) and policies[0][1] == policies[1][1]
+
+    config = LearnerConfig(lr=1e-2, critic_lr=0.0, warmup_steps=2)
+    model = tiny_model()
+    learner = Learner(model, recipe("ppo"), config, critic=opinionated_critic(model))
+    before = weights(learner.critic)
+    assert learner.update(batch)["lr"] == pytest.approx(5e-3)
+    assert torch.equal(weights(learner.critic), before) and not torch.equal(weights(model), weights(tiny_model()))
+    assert config.lr_at(0, 4.0) == 2.0 and config.lr_at(9, 4.0) == 4.0
+
+
+@pytest.mark.parametrize("field", ["old_logprobs", "token_rewards", "values"])
+def test_policy_and_critic_skip_a_step_together(field):
+    """What is not finite in the loss of one is a reason for both; after it both go on."""
+    model, batch = tiny_model(), token_batch()
+    learner = Learner(model, recipe("ppo", whiten=False), LearnerConfig(lr=1e-2, minibatches=2))
+    before = weights(model), weights(learner.critic)
+    spoiled = torch.zeros(batch.mask.shape).masked_fill(batch.mask, math.nan)
+    metrics = learner.update(batch.replace(**{field: spoiled}), np.random.default_rng(0))
+    assert metrics["skipped"] == learner.skipped == 2
+    assert torch.equal(weights(model), before[0]) and torch.equal(weights(learner.critic), before[1])
+    assert learner.update(batch, np.random.default_rng(0))["skipped"] == 0
+    for module, old in zip((model, learner.critic), before, strict=True):
+        assert not torch.equal(weights(module), old) and weights(module).isfinite().all()
+
+
+def test_a_critics_gradient_that_is_not_finite_skips_the_step_of_both():
+    """The loss and the policy's gradient are finite here."""
+    model = tiny_model()
+    learner = Learner(model, recipe("ppo"), LearnerConfig(lr=1e-2))
+    learner.critic.head.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = weights(model), weights(learner.critic)
+    metrics = learner.update(token_batch())
+    assert metrics["skipped"] == 1 and math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
+    assert torch.equal(weights(model), before[0]) and torch.equal(weights(learner.critic), before[1])
+
+
+def test_a_batch_is_planned_with_the_critics_values_unless_it_brings_its_own():
+    model, batch = tiny_model(), token_batch()
+    learner = Learner(model, recipe("ppo"), LearnerConfig(lr=0.0), critic=opinionated_critic(model))
+    found = learner.values(batch)
+    assert found[batch.mask].std() > 0.1 and not found[~batch.mask].any()
+    own = learner.update(batch)
+    assert own == pytest.approx(own | drop_times(learner.update(batch.replace(values=found))))
+    assert own["values/mean"] == pytest.approx(found[batch.mask].mean().item(), abs=1e-6)
+    assert learner.update(batch.replace(values=torch.full_like(found, 7.0)))["values/mean"] == 7
+
+
+def test_returns_that_do_not_differ_leave_nothing_to_explain():
+    model, batch = tiny_model(), token_batch()
+    learner = Learner(model, recipe("ppo"), LearnerConfig(lr=0.0), critic=opinionated_critic(model))
+    for value in (0.0, 0.1, 7.3):
+        metrics = learner.update(batch.replace(returns=torch.full_like(batch.returns, value)))
+        assert metrics["critic/explained_variance"] == 0 and metrics["values/mean"] != 0
+
+
+def test_a_learner_without_values_has_no_trace_of_a_critic():
+    learner = Learner(tiny_model(), recipe("reinforce_pp"))
+    metrics = learner.update(token_batch())
+    assert learner.critic is None and set(learner.state_dict()) == {"optimizer", "step", "skipped"}
+    assert not any("value" in name or "critic" in name for name in metrics)
 
 
 def test_imitation_is_the_mean_log_likelihood_whatever_the_micro_batch():
@@ -201,6 +317,15 @@ def test_learner_says_what_is_missing():
         Learner(tiny_model(), recipe("grpo"), LearnerConfig(minibatches=2)).update(token_batch())
     with pytest.raises(UsageError, match="needs the batch's tokens"):
         Learner(tiny_model(), recipe("grpo")).update(token_batch().replace(tokens=None))
+    with pytest.raises(UsageError, match="recipe 'grpo' has no use for a critic"):
+        Learner(tiny_model(), recipe("grpo"), critic=Critic(tiny_model()))
+    with pytest.raises(UsageError, match="no critic"):
+        Learner(tiny_model(), recipe("grpo")).values(token_batch())
+    plain, critical = (Learner(tiny_model(), recipe(name)) for name in ("grpo", "ppo"))
+    with pytest.raises(UsageError, match="the saved learner has no critic"):
+        critical.load_state_dict(plain.state_dict())
+    with pytest.raises(UsageError, match="the saved learner has a critic"):
+        plain.load_state_dict(critical.state_dict())
 
 
 OPTIONS, WINNING = (7, 8, 9, 10), {7: 9, 8: 7, 9: 10, 10: 8}
@@ -246,7 +371,9 @@ class FourChoices(torch.nn.Module):
         return log_softmax(self.table(state), -1)
 
 
-@pytest.mark.parametrize(("name", "preset"), [("grpo", None), ("epo", "paper"), ("epo", "corridor")])
+@pytest.mark.parametrize(
+    ("name", "preset"), [("grpo", None), ("epo", "paper"), ("epo", "corridor"), ("reinforce_pp", None)]
+)
 def test_a_table_learns_the_two_turn_bandit(name, preset):
     """From 1 success in 8 to 95 in 100 within 120 updates."""
     generator, policy = torch.Generator().manual_seed(0), FourChoices()
@@ -280,7 +407,7 @@ def test_a_table_learns_the_two_turn_bandit(name, preset):
     assert success[0] < 0.35 and np.mean(success[-10:]) >= 0.95
 
 
-@pytest.mark.parametrize("name", ["grpo", "epo"])
+@pytest.mark.parametrize("name", ["grpo", "epo", "ppo", "reinforce_pp"])
 def test_a_transformer_learns_the_two_turn_bandit_through_the_learner(name):
     generator = torch.Generator().manual_seed(1)
     model = tiny_model(layers=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,72 @@ def test_a_row_alone_equals_the_row_in_a_batch(top_k: int, top_p: float) -> None
         alone = sample(logits[row : row + 1], numbers[row : row + 1], 0.8, top_k, top_p)
         assert alone.token.item() == together.token[row].item()
         torch.testing.assert_close(alone.logprob_tempered[0], together.logprob_tempered[row])
+
+
+@pytest.mark.parametrize(
+    ("likely", "expected"), [([0.1] * 10, 3.859494), ([1.0], 0.0), ([0.05] * 10, 2.510659)], ids=str
+)
+def test_the_estimate_over_twenty_tokens_is_what_arpo_measures(likely: list[float], expected: float) -> None:
+    """ARPO's statistic: the ten most probable of 152064 tokens, summed over twenty positions, over log(152064)."""
+    vocabulary = 152064
+    rest = (1 - sum(likely)) / (vocabulary - len(likely))
+    probabilities = torch.full((vocabulary,), max(rest, 0), dtype=torch.float64)
+    probabilities[: len(likely)] = torch.tensor(likely, dtype=torch.float64)
+    # Uniforms below the mass of the likely tokens draw one of those.
+    drawn = sample(probabilities.log().expand(20, -1), uniforms(20, 9) * 0.4, entropy_top_k=10)
+    assert int(drawn.token.max()) < len(likely)
+    assert float(drawn.entropy_raw.sum()) / math.log(vocabulary) == pytest.approx(expected, abs=5e-7)
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.3, 6, 0.9), (0, 0, 1.0)])
+def test_the_estimate_adds_up_the_most_probable_tokens_and_the_drawn_one(
+    temperature: float, top_k: int, top_p: float
+) -> None:
+    logits = torch.randn(400, 31, generator=torch.Generator().manual_seed(11)) * 1.5
+    numbers = uniforms(400, 12)
+    drawn = sample(logits, numbers, temperature, top_k, top_p, entropy_top_k=4)
+    exact = sample(logits, numbers, temperature, top_k, top_p)
+    assert torch.equal(drawn.token, exact.token) and torch.equal(drawn.logprob_tempered, exact.logprob_tempered)
+    outside = 0
+    for row in range(400):
+        token = int(drawn.token[row])
+        for scale, estimate, whole in (
+            (1.0, drawn.entropy_raw[row], exact.entropy_raw[row]),
+            (temperature or 1.0, drawn.entropy_tempered[row], exact.entropy_tempered[row]),
+        ):
+            p = torch.softmax(logits[row].double() / scale, dim=-1).numpy()
+            known = {*np.argsort(-p)[:4].tolist(), token}
+            outside += len(known) == 5
+            assert float(estimate) == pytest.approx(-sum(p[i] * math.log(p[i]) for i in known), abs=5e-6)
+            assert float(estimate) < float(whole)
+    assert (outside > 50) == (temperature > 0)
+    if temperature:
+        expected = np.stack([oracle(row, temperature, top_k, top_p) for row in logits])
+        known = -np.sort(-expected)[:, 3:4] <= expected
+        known[np.arange(400), drawn.token.numpy()] = True
+        terms = np.where(known & (expected > 0), expected * np.log(np.maximum(expected, 1e-300)), 0)
+        np.testing.assert_allclose(drawn.entropy_processed.numpy(), -terms.sum(axis=1), atol=5e-6)
+
+
+@pytest.mark.parametrize("entropy_top_k", [23, 24, 1000])
+def test_an_estimate_from_the_whole_vocabulary_is_exact(entropy_top_k: int) -> None:
+    logits = torch.randn(20, 23, generator=torch.Generator().manual_seed(13))
+    logits[:, 4] = -torch.inf
+    for temperature, top_k in ((1.0, 0), (0.6, 5), (0.0, 0)):
+        estimated = sample(logits, uniforms(20, 14), temperature, top_k, entropy_top_k=entropy_top_k)
+        for value, exact in zip(estimated, sample(logits, uniforms(20, 14), temperature, top_k), strict=True):
+            assert torch.equal(value, exact)
+
+
+def test_impossible_tokens_and_ties_add_nothing_to_the_estimate() -> None:
+    logits = torch.full((3, 9), -torch.inf)
+    logits[:, :3] = 0.0
+    drawn = sample(logits, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), entropy_top_k=5)
+    torch.testing.assert_close(drawn.entropy_raw, torch.full((3,), math.log(3)))
+    # Two of three equal tokens are known; the drawn one counts as one of them, whichever it is.
+    drawn = sample(logits, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64), entropy_top_k=2)
+    assert drawn.token.tolist() == [0, 1, 2]
+    torch.testing.assert_close(drawn.entropy_raw, torch.full((3,), math.log(3) * 2 / 3))
 
 
 def test_shapes_are_checked() -> None:
