@@ -277,10 +277,10 @@ def _play(arguments: argparse.Namespace) -> int:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from .algorithms.recipes import describe, recipes
+    from .algorithms.recipe import METHODS
 
-    for name in recipes():
-        print(f"{name:12} {describe(name).splitlines()[0].partition(': ')[2]}")
+    for name, method in sorted(METHODS.items()):
+        print(f"{name:12} {method.summary}{f' (on {method.base})' if method.base else ''}")
     return 0
 
 

@@ -76,9 +76,9 @@ RUN_OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("grpo", "epo", "arpo", "aepo", "empg"), _BY_TURNS),
     "gigpo": {"aggregation": "turn-mean"},
 }
-"""Options of recipes that a run sets unless its user sets any. Every episode counts the same, and every turn of one
-(with ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held against that
-turn. Of composed recipes, those that all their parts have here."""
+"""Options of recipes that a run sets unless its user sets any, or a preset. Every episode counts the same, and every
+turn of one (with ``token-mean`` the long failures outweigh the short successes); and what a turn was paid is held
+against that turn. Of composed recipes, those that all their parts have here."""
 
 
 class Section(BaseModel):
@@ -177,12 +177,12 @@ class AlgorithmConfig(Section):
     preset: str | None = None
     """A named set of the recipe's defaults, such as ``paper``."""
     overrides: dict[str, Any] = {}
-    """Values of the recipe's own options; when unset, those of ``RUN_OVERRIDES``."""
+    """Values of the recipe's own options; when unset and without a preset, those of ``RUN_OVERRIDES``."""
 
     @model_validator(mode="before")
     @classmethod
     def _overrides_of_the_recipe(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or "overrides" in data:
+        if not isinstance(data, dict) or "overrides" in data or data.get("preset"):
             return data
         parts = [RUN_OVERRIDES.get(part, {}) for part in str(data.get("name", "epo")).split("+")]
         shared = {key: value for key, value in parts[0].items() if all(part.get(key) == value for part in parts)}

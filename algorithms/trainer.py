@@ -150,7 +150,7 @@ class Trainer:
             self.engine.stats.prefill_tokens,
             self.engine.stats.cached_tokens,
         )
-        played, trees = self._rollouts(pool)
+        played, trees, kept = self._rollouts(pool)
         rollout_seconds = time.perf_counter() - started
         summary = summarise(played, config.env.train_split)
         self.display.status(f"step {step}/{config.train.steps}", f"update; rollouts took {rollout_seconds:.1f} s")
@@ -180,8 +180,8 @@ class Trainer:
             "reward": float(np.mean([episode.reward for tree in played for episode in tree.trajectories])),
             "env/failed": summary.failed,
             **rollout_metrics(played),
-            "sampler/kept": len(trees) / len(played),
-            **{("entropy/rollout" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
+            "sampler/kept": kept / len(played),
+            **{("entropy/update" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
             "entropy/action_mean": summary.entropy,
             "entropy/top_k": self._entropy_top_k,
             "tokens/sampled": decoded,
@@ -201,8 +201,9 @@ class Trainer:
             seconds_left,
         )
 
-    def _rollouts(self, pool: EnvPool) -> tuple[list[Tree], list[Tree]]:
-        """All trees that were played for this step, and the ``tasks_per_step`` of them to learn from.
+    def _rollouts(self, pool: EnvPool) -> tuple[list[Tree], list[Tree], int]:
+        """All trees that were played for this step, the ``tasks_per_step`` of them to learn from, and how many of all
+        the recipe would keep.
 
         Where the recipe keeps only some groups, more tasks are played until there are enough of them; what is still
         missing after the last round is filled up with groups that were not kept.
@@ -230,7 +231,7 @@ class Trainer:
             )
         rest = [place for place in range(len(played)) if place not in set(kept)]
         chosen = sorted(kept[:wanted] + rest[: max(0, wanted - len(kept))])
-        return played, [played[place] for place in chosen]
+        return played, [played[place] for place in chosen], len(kept)
 
     def _kept(self, trees: Sequence[Tree]) -> list[int]:
         """The places of trees that the recipe wants to learn from."""

@@ -28,6 +28,19 @@ settings.register_profile("ci", deadline=None, max_examples=50, print_blob=True)
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Run the whole suite in two processes, a file in one of them, where pytest-xdist is installed.
+
+    Half of the time goes by in waiting for processes that tests start. ``-n 0`` runs it in one, and so does a choice of
+    files, of tests or of a debugger.
+    """
+    options = config.option
+    chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or options.keyword
+    if getattr(options, "numprocesses", 0) is None and not chosen and not options.usepdb and not options.collectonly:
+        options.numprocesses, options.dist = 2, "loadfile"
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Give hypothesis a fresh seed and the profile "ci", unless the command line chose others."""
     if not config.getoption("--hypothesis-profile"):

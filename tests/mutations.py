@@ -43,7 +43,7 @@ TESTS = {
         "tests/agents/test_branching.py",
         "tests/algorithms/test_shapes.py",
         "tests/algorithms/test_baselines.py -k preserving",
-        "tests/algorithms/test_recipes_state.py",
+        "tests/algorithms/test_laws.py",
     ),
     "empg": ("tests/algorithms/test_empg.py", "tests/algorithms/test_reference.py -k empg"),
 }

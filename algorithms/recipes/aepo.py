@@ -34,7 +34,7 @@ class AEPO(Forking):
 
     summary: ClassVar = "ARPO balanced by entropy: split budget, penalised chains, clipped tokens keep their gradient"
     equations: ClassVar = (
-        "m = k σ(β_m (H_root - mean H after observations)) fresh episodes of k, from one probe that is thrown away",
+        "m = M σ(β_m (H_root - mean H after observations)) fresh episodes of M, from one probe that is thrown away",
         "P = (α + β ΔH) (1 - P̂(l)), P̂(l) = penalty l, l forks in a row on the chain; fork Z times iff P > τ",
         "A'_t = A_t (1 + a (H_t - mean H) / std H), over all trained tokens of the batch",
         "l_t = max(-A' r, -A' clip(r, 1 - low, (1 + high) / sg(r) r)): where A' > 0 and r > 1 + high the gradient is"
@@ -46,7 +46,7 @@ class AEPO(Forking):
     )
     base: ClassVar = "grpo"
     presets: ClassVar = {
-        "paper": {"scale": "vocab", "factor_clamp": None},
+        "paper": {"factor_clamp": None},
         "official": RELEASED
         | {"rule": "reversed", "dynamic": False, "penalty_scope": "group", "entropy_advantage": 0.0},
     }

@@ -46,7 +46,7 @@ class Forking(Method):
     """What the sum of entropy differences is divided by: the number of tokens, the vocabulary's size or its
     logarithm."""
     align: bool = True
-    """Compare the k-th token with the root's k-th, as far as both go; off, sums over either's first tokens."""
+    """Compare token i with the root's token i, as far as both go; off, sums over either's first tokens."""
     lookahead: bool = True
     """Judge the tokens after the observation; off, those of the action before it."""
     root: Literal["episode", "slot"] = "episode"
@@ -97,7 +97,7 @@ class ARPO(Forking):
 
     summary: ClassVar = "episodes fork, world and all, where entropy rises after an observation"
     equations: ClassVar = (
-        "ΔH = sum_i<=k (H_t,i - H_root,i) / scale, over the first k tokens after an observation and of the episode",
+        "ΔH = sum_i<=k (H_t,i - H_root,i) / scale, first k tokens after an observation and of the first action",
         "P = α + β ΔH; fork Z times iff P > τ, until N fresh episodes and forks make M",
         "soft: A of each episode's own return; hard: a token of d episodes gets the mean of their A",
     )

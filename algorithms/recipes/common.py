@@ -20,9 +20,11 @@ class PolicyLoss(Method):
     """From the losses of tokens to one number, and the distance to a reference model."""
 
     aggregation: Mode = "token-mean"
+    """How the losses of tokens become one number."""
     kl_coef: float = Field(0.0, ge=0)
     """Weight of the KL term in the loss; 0 needs no reference model."""
     kl_estimator: Estimator = "k3"
+    """``k3+`` and ``k1+`` have the gradient of k2."""
 
     def with_loss(self, slots: Slots, clip: Any) -> Slots:
         """``slots`` with this clip, the aggregation and the KL term."""
@@ -37,7 +39,9 @@ class Clipped(PolicyLoss):
     """PPO's clipped surrogate."""
 
     clip_low: float = Field(0.2, ge=0, le=1)
+    """How far below 1 a ratio still has a gradient where the advantage is negative."""
     clip_high: float = Field(0.2, ge=0)
+    """The same above 1, where it is positive."""
     dual_clip: float | None = Field(3.0, gt=1)
     """Bound on the ratio where the advantage is negative; None for none."""
 

@@ -22,7 +22,7 @@ class EMPG(Method):
     summary: ClassVar = "advantages that shrink with a step's entropy, and a bonus for steps that lead to certainty"
     equations: ClassVar = (
         "H_t = mean old-policy entropy of step t's tokens, scaled to [0, 1] over the batch's steps",
-        "g_t = exp(-k H_t) / mean exp(-k H), f_t = exp(-k' H_t), both over the batch's steps",
+        "g_t = exp(-k H_t) / mean exp(-k H) over the batch's steps, f_t = exp(-k' H_t)",
         "A_t <- A_t g_t + ζ f_{t+1}, less its mean over the batch's steps",
     )
     sources: ClassVar = ("EMPG, arXiv 2509.09265, Eq. 7, 8 and 10-12", "WillDreamer/ARLArena at dc1da9f (port)")

@@ -26,7 +26,7 @@ class PPO(Clipped):
     equations: ClassVar = (
         "A_t = d_t + gamma lam A_t+1, d_t = r_t + gamma V_t+1 - V_t, over the trained tokens of a trajectory",
         "R_t = A_t + V_t; then A <- (A - mean A) / std A over the batch (whiten)",
-        "l_t = max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A dual where A < 0, r = exp(logp - old_logp)",
+        "l_t = max(-A ρ, -A clip(ρ, 1 - low, 1 + high)), at most -A dual where A < 0, ρ = exp(logp - old_logp)",
         "value loss = value_coef 1/2 agg(max((v - R)^2, (clip(v, V - value_clip, V + value_clip) - R)^2))",
         "loss = agg(l) + value loss + kl_coef agg(KL(policy || reference))",
     )

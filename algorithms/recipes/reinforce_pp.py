@@ -27,7 +27,7 @@ class ReinforcePlusPlus(Clipped):
         "A_t = G_t = r_t + gamma G_t+1 over the trained tokens of a trajectory",
         "baseline group: A_i = R_i - mean_group R, the same for all action tokens of trajectory i",
         "A <- (A - mean A) / std A over the trained tokens of the batch",
-        "l_t = max(-A r, -A clip(r, 1 - low, 1 + high)), at most -A dual where A < 0, r = exp(logp - old_logp)",
+        "l_t = max(-A ρ, -A clip(ρ, 1 - low, 1 + high)), at most -A dual where A < 0, ρ = exp(logp - old_logp)",
         "loss = agg(l) + kl_coef agg(KL(policy || reference))",
     )
     sources: ClassVar = (

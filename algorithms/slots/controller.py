@@ -76,7 +76,10 @@ class EntropyHistory:
         if self.gate_turn is not None:
             scalars["epo/where"] = reaches_turn(batch, self.gate_turn)
         if history:
-            scalars["epo/reference"] = self._spread(batch, self._summary(history))
+            means = self._summary(history)
+            known = [mean for mean in means if not math.isnan(mean)]
+            scalars["epo/reference"] = self._spread(batch, means)
+            scalars["epo/reference_mean"] = math.fsum(known) / len(known) if known else math.nan
         return scalars
 
     def end(self, metrics: Mapping[str, float]) -> None:

@@ -599,13 +599,18 @@ def test_methods_on_top_of_each_other(ragged, drawn, mode):
 
 
 @FEW
-@given(drawn=DRAWN)
-def test_aepo_on_top_of_a_critic(ragged, drawn):
+@given(drawn=DRAWN, hard=st.booleans(), modulated=st.booleans())
+def test_methods_on_top_of_a_critic(ragged, drawn, hard, modulated):
+    """There the tokens of a step, and of a message that forks share, differ in their advantage."""
     c = case(ragged, drawn)
+    made = recipe("ppo+arpo+empg" if modulated else "ppo+aepo", credit="hard" if hard else "soft")
     raw = ppo.advantages(c.trajectories)
-    a = aepo.modulate(c.trajectories, whitened(raw), clamp=(0.0, 2.0))
-    expected = loss.policy_loss(c.trajectories, a, aepo.preserving_clip) + ppo.value_loss(c.trajectories, raw)
-    agree(c, recipe("ppo+aepo"), a, expected)
+    a = whitened(raw)
+    if hard:
+        a = arpo.hard_credit(c.trajectories, a)
+    a = empg.modulate(c.trajectories, a) if modulated else aepo.modulate(c.trajectories, a, clamp=(0.0, 2.0))
+    expected = loss.policy_loss(c.trajectories, a, loss.ppo_clip if modulated else aepo.preserving_clip)
+    agree(c, made, a, expected + ppo.value_loss(c.trajectories, raw))
 
 
 ENTROPY = st.floats(0, 6, width=32)
