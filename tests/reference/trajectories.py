@@ -1,5 +1,9 @@
 """Trajectories as lists of turns, turns as lists of tokens.
 
+The modules of this folder are the methods once more, in NumPy and loops, written from the papers' equations, to
+compare the library with; nothing here knows the library. This one is what every method reads; ``statistics`` and
+``loss`` are what they share.
+
 A token is one that the policy sampled and is trained on; prompts, observations and padding do not exist here.
 """
 
