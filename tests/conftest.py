@@ -46,12 +46,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("ci")
     if config.getoption("--hypothesis-seed") is None:
-        config.option.hypothesisseed = str(secrets.randbelow(2**32))
+        config.option.hypothesis_seed = str(secrets.randbelow(2**32))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the seed that repeats this run's random examples."""
-    terminalreporter.write_line(f"random examples: pytest --hypothesis-seed={config.option.hypothesisseed}")
+    terminalreporter.write_line(f"random examples: pytest --hypothesis-seed={config.option.hypothesis_seed}")
 
 
 @pytest.fixture(scope="session")

@@ -155,10 +155,10 @@ MUTATIONS = (
     ),
     Mutation(
         "empg",
-        "entropy of a step summed over its tokens",
+        "mean over one trajectory's steps, not the batch's",
         SHAPE,
-        "_unit_range(cell_mean(batch.old_entropy, batch.mask, cells), minmax)",
-        "_unit_range(cell_mean(batch.old_entropy, batch.mask, cells) * cells.tokens, minmax)",
+        "scale = certainty / certainty.mean()",
+        "scale = certainty / torch.stack([certainty[cells.trajectory == t].mean() for t in cells.trajectory])",
     ),
     Mutation(
         "empg",

@@ -11,7 +11,8 @@ Where the released code differs from the paper, the ``official`` preset follows 
 The released code sets c back only when another task of the batch has begun an episode; here every round without a new
 one does. With ``dynamic`` on it also rounds the split up and counts the root among the entropies after observations
 (``monitor_rounding``, ``monitor_root``), and standardises entropies of the *current* weights over a micro-batch; that
-is not followed: a statistic of a micro-batch depends on the memory of the machine.
+is not followed: a statistic of a micro-batch depends on the memory of the machine. Its H_root comes from a separate
+generation of at most 50 tokens; here the probe's first action serves.
 
 The paper's text gives no P̂; a slope of 0.05 a fork is the released code's.
 """

@@ -42,7 +42,7 @@ VARIANTS = (
 )
 EVERY = pytest.mark.parametrize(("name", "preset", "options"), VARIANTS)
 SEEDS = st.integers(0, 2**32 - 1)
-FEW = settings(max_examples=20, deadline=None)
+FEW = settings(max_examples=12, deadline=None)
 """There are many recipes; each of them is looked at in few batches."""
 
 

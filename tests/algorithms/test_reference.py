@@ -87,8 +87,9 @@ class Case:
         return out
 
 
-def case(ragged: Callable[..., tuple[Minibatch, Tensor, Tensor]], drawn: Drawn) -> Case:
-    """A batch of ``groups`` by ``size`` trajectories, whose policy has moved by 0.4 times ``moved`` nats."""
+def case(ragged: Callable[..., tuple[Minibatch, Tensor, Tensor]], drawn: Drawn, *, binary: bool = False) -> Case:
+    """A batch of ``groups`` by ``size`` trajectories, whose policy has moved by 0.4 times ``moved`` nats; with
+    ``binary`` returns are 0 or 1, so that many groups have equal ones."""
     seed, window, (groups, size), moved = drawn
     batch, logprobs, entropy = ragged(seed, groups=groups, size=size, window=window)
     rng = np.random.default_rng(seed)
@@ -100,6 +101,8 @@ def case(ragged: Callable[..., tuple[Minibatch, Tensor, Tensor]], drawn: Drawn) 
 
     fields = ("old_logprobs", "old_entropy", "ref_logprobs", "rollout_logprobs", "token_rewards", "values")
     batch = batch.replace(**{name: unknown_off_the_mask(getattr(batch, name)) for name in fields})
+    if binary:
+        batch = batch.replace(returns=(batch.returns > 0).double())
     inputs = tuple(unknown_off_the_mask(tensor) for tensor in (logprobs, entropy, values))
     return Case(batch, inputs, trajectories_of(batch, *inputs))
 
@@ -280,17 +283,14 @@ def test_ppo_as_in_verl_agent(ragged, drawn):
 @FEW
 @given(
     drawn=DRAWN,
-    few_outcomes=st.booleans(),
+    binary=st.booleans(),
     filtered=st.booleans(),
     limits=st.sampled_from([None, (12, 8), (5, 5)]),
     kl=COEFFICIENTS,
     mode=MODE,
 )
-def test_dapo(ragged, drawn, few_outcomes, filtered, limits, kl, mode):
-    c = case(ragged, drawn)
-    if few_outcomes:
-        c.batch.returns = (c.batch.returns > 0).double()
-        c.trajectories = trajectories_of(c.batch, *c.inputs)
+def test_dapo(ragged, drawn, binary, filtered, limits, kl, mode):
+    c = case(ragged, drawn, binary=binary)
     options = {} if limits is None else {"overlong_length": limits[0], "overlong_buffer": limits[1]}
     made = recipe("dapo", filter_groups=filtered, overlong_factor=0.5, kl_coef=kl, aggregation=mode, **options)
     fined = c.trajectories if limits is None else dapo.with_overlong(c.trajectories, *limits, factor=0.5)
@@ -392,14 +392,22 @@ HISTORIES = st.sampled_from(
 
 @settings(max_examples=12)
 @pytest.mark.parametrize("preset", EPO_PRESETS)
-@given(drawn=DRAWN, history=HISTORIES, turns=st.sampled_from([4, 6, 50]), steps=st.integers(1, 4))
-def test_epo_over_several_steps(ragged, preset, drawn, history, turns, steps):
+@given(
+    drawn=DRAWN,
+    history=HISTORIES,
+    turns=st.sampled_from([4, 6, 50]),
+    steps=st.integers(1, 4),
+    first=st.sampled_from([0, 73, 120]),
+)
+def test_epo_over_several_steps(ragged, preset, drawn, history, turns, steps, first):
+    """From RL step ``first`` on, with nothing remembered yet."""
     seed, window, shape, moved = drawn
     options = {} if preset != "official" else {"max_turns": turns}
-    made = recipe("epo", preset, total_steps=9, entropy_coef=0.5, **history, **options)
+    made = recipe("epo", preset, total_steps=151, entropy_coef=0.5, **history, **options)
+    made.step = first
     renamed = {name.replace("history", "history_kind") if name == "history" else name: x for name, x in history.items()}
     official = {"gate_turn": turns // 2, "pad": turns} if options else {}
-    memory = epo.EPO(9, 0.5, **EPO_PRESETS[preset] | renamed | official)
+    memory = epo.EPO(151, 0.5, first=first, **EPO_PRESETS[preset] | renamed | official)
     for step in range(steps):
         c = case(ragged, (seed + step, window, shape, moved))
         a, expected = base_loss(c)
@@ -515,10 +523,10 @@ EMPG_OPTIONS = {
 }
 
 
-@settings(max_examples=40)
-@given(drawn=DRAWN, options=st.fixed_dictionaries(EMPG_OPTIONS), gated=st.booleans())
-def test_empg(ragged, drawn, options, gated):
-    c = case(ragged, drawn)
+@settings(max_examples=100)
+@given(drawn=DRAWN, options=st.fixed_dictionaries(EMPG_OPTIONS), gated=st.booleans(), binary=st.booleans())
+def test_empg(ragged, drawn, options, gated, binary):
+    c = case(ragged, drawn, binary=binary)
     a = empg.modulate(c.trajectories, grpo.advantages(c.trajectories), successes_only=gated, **options)
     made = recipe("empg", bonus_gate="success" if gated else "none", **options)
     agree(c, made, a, loss.policy_loss(c.trajectories, a, loss.ppo_clip))

@@ -104,6 +104,8 @@ class EPO:
     history_decay: float = 0.9
     history: list[ByTurn] = field(default_factory=list)
     """``H̄_k`` of every step so far."""
+    first: int = 0
+    """k of the first of them."""
 
     def phase(self, step: int) -> float:
         if self.beta == "paper":
@@ -112,7 +114,7 @@ class EPO:
 
     def step(self, trajectories: list[Trajectory]) -> Loss:
         """``-λ (L^H - β_k L^smooth)`` of RL step k (Eq. 2, 4, 6); then the step joins the history."""
-        beta = self.phase(len(self.history))
+        beta = self.phase(self.first + len(self.history))
         now = step_entropy(trajectories, per_turn=self.per_turn, pad=self.pad)
         known = [*self.history, now] if self.append == "before" else self.history
         reference = reference_entropy(known, self.history_kind, self.history_window, self.history_decay)
