@@ -365,5 +365,12 @@ def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
 
 
 def to_toml(config: RunConfig) -> str:
-    """The configuration as TOML; unset (``None``) options are left out, so that reading it back gives the same."""
-    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    """The configuration as TOML; unset (``None``) options are left out, so that reading it back gives the same.
+
+    In the overrides of a recipe, where None is a value, it is written as ``"none"``.
+    """
+    data = config.model_dump(mode="json", exclude_none=True)
+    data["algorithm"]["overrides"] = {
+        key: "none" if value is None else value for key, value in config.algorithm.overrides.items()
+    }
+    return tomli_w.dumps(data)

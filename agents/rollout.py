@@ -371,6 +371,8 @@ class _Branched:
         begun = [_Episode(self._task, first + index, self._tree, self._rendering) for index in range(number)]
         for episode in begun:
             self._add(episode)
+        if not first:
+            self._begun = 0  # what a group begins with belongs to no round
         return begun
 
     def _add(self, episode: _Episode) -> None:
@@ -476,7 +478,9 @@ class _Loop:
         """One turn of a cohort: answers in, actions out."""
         acting: list[tuple[int, int, int]] = []
         finished: list[Int32Array] = []
-        for result in sorted(self._pool.wait(list(cohort.running), all=True), key=lambda result: result.slot):
+        # By unit and member: the numbers of a shared tree's nodes must not depend on who has which slot.
+        order = {slot: (place, episode.member) for slot, (place, _, episode) in cohort.running.items()}
+        for result in sorted(self._pool.wait(list(order), all=True), key=lambda result: order[result.slot]):
             place, _, episode = cohort.running[result.slot]
             if episode.receive(result):
                 acting.append((place, episode.member, result.slot))

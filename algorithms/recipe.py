@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .batch import Minibatch
+from .signals import differ
 from .slots import DEFAULT_SLOTS, Slots, Term
 from .slots.clip import log_ratio
 from .slots.regulariser import kl_estimate
@@ -143,6 +144,7 @@ class Recipe:
                 others = {other: made for other, made in self.methods.items() if other != part}
                 _refuse_conflicts(part, method, others, before, filled, owners)
         self.slots = filled.override(slots or {})
+        _refuse_halves(name, self.slots)
         forking = [sampler.name for sampler in self.slots.samplers if sampler.branching is not None]
         if len(forking) > 1:
             raise UsageError(f"recipe '{name}' forks rollouts in {len(forking)} ways; expected at most one")
@@ -349,6 +351,17 @@ def _refuse_conflicts(
         raise UsageError(f"{reason}; allow_conflicts=true composes them all the same")
 
 
+def _refuse_halves(name: str, slots: Slots) -> None:
+    """Slots that need each other, and regularisers that would overwrite each other's plan."""
+    names = [regulariser.name for regulariser in slots.regularisers]
+    if twice := sorted({entry for entry in names if names.count(entry) > 1}):
+        raise UsageError(f"recipe '{name}' has two regularisers '{twice[0]}'; expected one, with the sum of both")
+    if getattr(slots.credit, "name", None) == "gae" and "value" not in names:
+        raise UsageError(f"recipe '{name}': the credit 'gae' needs the regulariser 'value', which trains its critic")
+    if "corridor" in names and "entropy_history" not in {controller.name for controller in slots.controllers}:
+        raise UsageError(f"recipe '{name}': the regulariser 'corridor' needs the controller 'entropy_history'")
+
+
 def _cast(term: Term, dtype: torch.dtype) -> Term:
     inputs = {name: value.to(dtype) for name, value in term.inputs.items()}
     return Term(term.coefficient.to(dtype), inputs, term.selected)
@@ -361,4 +374,4 @@ def _informative(batch: Minibatch, returns: Tensor) -> float:
         returns.new_zeros(len(names)).scatter_reduce(0, index, returns, kind, include_self=False)
         for kind in ("amin", "amax")
     ]
-    return float((extremes[0] != extremes[1]).double().mean())
+    return float(differ(*extremes).double().mean())

@@ -42,6 +42,11 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     return white if shift_mean else white + mean
 
 
+def differ(low: Tensor, high: Tensor) -> Tensor:
+    """Where ``low < high`` by more than rounding: returns that were summed in another order are still equal."""
+    return high - low > 1e-9 * torch.maximum(low.abs(), high.abs()).clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Cells:
     """The cells of a mask: every turn of every trajectory that has a token in it, by trajectory and then turn."""

@@ -76,6 +76,7 @@ class Trainer:
         self.panel = panel_of(config, config.env.eval_split)
         overrides = {"total_steps": max(1, config.train.steps)} | config.algorithm.overrides
         self.recipe = recipe(config.algorithm.name, preset=config.algorithm.preset, **overrides)
+        self._check_groups()
         self._check_forks()
 
         self._reference_model: PreTrainedModel | None = None
@@ -182,7 +183,8 @@ class Trainer:
             **rollout_metrics(played),
             "sampler/kept": kept / len(played),
             **{("entropy/update" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
-            "entropy/action_mean": summary.entropy,
+            "entropy/action_mean": metrics["entropy/old_mean"] if self._entropy_top_k else summary.entropy,
+            **({"entropy/estimate": summary.entropy} if self._entropy_top_k else {}),
             "entropy/top_k": self._entropy_top_k,
             "tokens/sampled": decoded,
             "tokens/prefilled": stats.prefill_tokens - before[1],
@@ -235,7 +237,7 @@ class Trainer:
 
     def _kept(self, trees: Sequence[Tree]) -> list[int]:
         """The places of trees that the recipe wants to learn from."""
-        if self.recipe.max_batches == 1:
+        if all(sampler.branching is not None for sampler in self.recipe.slots.samplers):
             return list(range(len(trees)))
         try:
             batch = Minibatch.from_trees(trees)
@@ -248,6 +250,16 @@ class Trainer:
         """0 where entropies of rollouts are exact."""
         branching = self.recipe.branching
         return (branching.entropy_top_k if branching is not None else 0) or self.config.agent.entropy_top_k
+
+    def _check_groups(self) -> None:
+        """What compares the members of a group would learn nothing from groups of one."""
+        parts = [self.recipe.slots.baseline, *self.recipe.slots.samplers]
+        names = {getattr(part, "name", "") for part in parts} & {"leave_one_out", "group_filter"}
+        if self.config.train.group_size < 2 and names:
+            raise UsageError(
+                f"train.group_size is 1; '{self.recipe.name}' compares the episodes of a group ({min(names)}) "
+                "and needs at least 2"
+            )
 
     def _check_forks(self) -> None:
         """A world that cannot be forked is found out before anything is spent."""
@@ -315,7 +327,8 @@ class Trainer:
         )
         seconds = time.perf_counter() - started
         rate = (self.engine.stats.decode_tokens - decoded) / seconds
-        self._log("eval", {**result.metrics(), TIME_PREFIX + "seconds": seconds})
+        top_k = config.agent.entropy_top_k
+        self._log("eval", {**result.metrics(), "entropy/top_k": top_k, TIME_PREFIX + "seconds": seconds})
         display.row(f"eval {self.step}", result.success, result.turns, result.entropy, rate, None)
         return result
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import t as student
 
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.rollout import RolloutTask
@@ -40,6 +41,7 @@ from ..algorithms.assembly import (
 from ..algorithms.budget import rollout_metrics
 from ..algorithms.checkpoint import latest_checkpoint
 from ..algorithms.display import Display
+from ..algorithms.recipe import Recipe
 from ..algorithms.recipes import recipe
 from ..algorithms.runs import RunFolder
 from ..algorithms.trainer import Trainer
@@ -77,12 +79,11 @@ def play(
     agent: Agent,
     engine: TorchEngine,
     pool: EnvPool,
-    row: tuple[str, str | None],
+    made: Recipe,
     size: int,
     seed: int,
 ) -> tuple[list[Tree], dict[str, float]]:
     """The trees of one recipe on the tasks of ``seed``, and what the engine did for them."""
-    made = recipe(row[0], preset=row[1])
     names = tasks_of(config.env, config.env.train_split)
     order = np.random.default_rng([seed, 1]).permutation(len(names))[: config.train.tasks_per_step]
     tasks = [RolloutTask(names[place], size, seed_from(seed, 2, place)) for place in order.tolist()]
@@ -110,7 +111,8 @@ def sampled_tokens(tree: Tree) -> int:
 def mean_interval(values: Sequence[float]) -> dict[str, float]:
     """Mean and half-width of its 95 % interval."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return {"mean": float(np.mean(values)), "half_width": 1.96 * spread / len(values) ** 0.5}
+    quantile = float(student.ppf(0.975, max(1, len(values) - 1)))
+    return {"mean": float(np.mean(values)), "half_width": quantile * spread / len(values) ** 0.5}
 
 
 def measure(config: RunConfig, agent: Agent, sizes: Sequence[int], seeds: Sequence[int]) -> list[dict[str, Any]]:
@@ -121,10 +123,11 @@ def measure(config: RunConfig, agent: Agent, sizes: Sequence[int], seeds: Sequen
         slots = size * config.train.tasks_per_step
         with make_pool(config.env, config.env.train_split, slots, **config.env.train_kwargs) as pool:
             for row in ROWS:
+                made = recipe(row[0], preset=row[1])  # one for all seeds, so that what it remembers plays its part
                 groups: list[Tree] = []
                 costs: list[dict[str, float]] = []
                 for seed in seeds:
-                    trees, cost = play(config, agent, engine, pool, row, size, seed)
+                    trees, cost = play(config, agent, engine, pool, made, size, seed)
                     groups += trees
                     costs.append(cost)
                 episodes = [episode for tree in groups for episode in tree.trajectories]
@@ -137,7 +140,9 @@ def measure(config: RunConfig, agent: Agent, sizes: Sequence[int], seeds: Sequen
                         "env_steps": mean_interval([tree.env_steps / size for tree in groups]),
                         "sampled_tokens": mean_interval([sampled_tokens(tree) / size for tree in groups]),
                         "prefilled_tokens": mean_interval([cost["prefilled"] for cost in costs]),
-                        "turns": mean_interval([float(episode.turns) for episode in episodes]),
+                        "turns": mean_interval(
+                            [float(np.mean([e.turns for e in tree.trajectories])) for tree in groups]
+                        ),
                         "won": float(np.mean([episode.won for episode in episodes])),
                         "fresh": float(np.mean([tree.info.get("initial", size) for tree in groups])),
                         "probe_steps": float(np.mean([cost.get("branch/probe_steps", 0.0) for cost in costs])),

@@ -20,6 +20,7 @@ import pytest
 from hypothesis import settings
 
 SESSION_MARK = "AGENTROPY_TEST_SESSION"
+SEED = "AGENTROPY_TEST_SEED"
 # Multiprocessing keeps these until the interpreter that started them ends.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 GRACE_SECONDS = 5.0
@@ -35,8 +36,10 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     files, of tests or of a debugger.
     """
     options = config.option
+    if hasattr(config, "workerinput") or getattr(options, "numprocesses", 0) is not None:
+        return  # one of the two processes, no pytest-xdist, or a number was given
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or options.keyword
-    if getattr(options, "numprocesses", 0) is None and not chosen and not options.usepdb and not options.collectonly:
+    if not chosen and not options.usepdb and not options.collectonly:
         options.numprocesses, options.dist = 2, "loadfile"
 
 
@@ -46,7 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.getoption("--hypothesis-profile"):
         settings.load_profile("ci")
     if config.getoption("--hypothesis-seed") is None:
-        config.option.hypothesis_seed = str(secrets.randbelow(2**32))
+        # In the environment, so that all processes of a run have the same.
+        config.option.hypothesis_seed = os.environ.setdefault(SEED, str(secrets.randbelow(2**32)))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

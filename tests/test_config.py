@@ -98,3 +98,20 @@ def test_a_resolved_configuration_reads_back_as_itself(tmp_path: Path) -> None:
         config = load_config(None, [f"env.id={world}", "sft.noise=0.3"])
         (tmp_path / "config.toml").write_text(to_toml(config))
         assert load_config(tmp_path / "config.toml") == config
+
+
+def test_none_among_the_overrides_of_a_recipe_survives_the_file(tmp_path):
+    config = RunConfig(algorithm={"name": "grpo", "overrides": {"dual_clip": None, "clip_high": 0.3}})
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(config))
+    assert load_config(path).algorithm.overrides == {"dual_clip": "none", "clip_high": 0.3}
+
+
+def test_a_run_sets_options_that_suit_its_world_unless_a_preset_or_the_user_says():
+    def overrides(*texts):
+        return load_config(None, texts).algorithm.overrides
+
+    assert overrides()["turn_credit"] == 4.0
+    assert overrides("algorithm.name=gigpo+empg") == {"aggregation": "turn-mean"}
+    assert overrides("algorithm.name=ppo") == {} == overrides("algorithm.preset=paper")
+    assert overrides("algorithm.overrides.alpha=1") == {"alpha": 1}

@@ -150,6 +150,9 @@ def _route(name: str, options: dict[str, dict[str, Any]], values: Mapping[str, A
             raise UsageError(f"recipe '{name}' has no option '{key}'{nearest(option, every)}")
         if len(owners) > 1:
             raise UsageError(f"option '{key}' belongs to {' and '.join(owners)}; write '{owners[-1]}.{key}'")
+        # TOML has no null.
+        if value == "none" and type(None) in get_args(METHODS[owners[0]].model_fields[option].annotation):
+            value = None
         options[owners[0]][option] = value
 
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..recipe import Method, register
 from ..slots import Slots, use
@@ -66,6 +66,13 @@ class AEPO(Forking):
     """a: weight of a token's standardised entropy in its advantage; 0 for none."""
     factor_clamp: tuple[float, float] | None = (0.0, 2.0)
     """Bounds of the factor on an advantage, so that none turns its sign; None for none."""
+
+    @field_validator("factor_clamp")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] > value[1]:
+            raise ValueError("expected a lower and an upper bound, such as [0, 2]")
+        return value
 
     def compose(self, slots: Slots, total_steps: int) -> Slots:
         filled = self.with_forks(

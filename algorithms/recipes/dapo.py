@@ -9,7 +9,7 @@ Where released code differs from the paper:
 
 - When ``max_batches`` rounds of rollouts have not filled a step, the official code (verl's recipe) stops with an error.
   verl-agent keeps every group of the last round, and so the trainer here fills the step up with groups of equal
-  returns. They have no gradient, and stay out of the loss's denominator.
+  returns. They have no policy gradient, and stay out of the loss's denominator.
 - The official code keeps groups of one; here they count as groups of equal returns.
 - The official script has a dual clip at 10 and verl's default is 3; the paper has none.
 - verl-agent adds a KL term of 0.01 and takes group statistics over turns.

@@ -16,6 +16,7 @@ from torch import Tensor
 from ...agents.branching import EntropyBranching
 from ...errors import UsageError
 from ..batch import Minibatch
+from ..signals import differ
 from .registry import register
 
 
@@ -44,7 +45,7 @@ class GroupFilter:
         lowest, highest = (
             zeros.scatter_reduce(0, index, batch.returns, kind, include_self=False) for kind in ("amin", "amax")
         )
-        return (lowest != highest)[index]
+        return differ(lowest, highest)[index]
 
 
 @register("sampler", "fork")

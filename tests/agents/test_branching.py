@@ -116,12 +116,15 @@ def test_every_group_has_exactly_its_size_and_every_fork_is_a_true_copy(
 @pytest.mark.parametrize("mode", ["full", "window"])
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"arpo-code", "aepo-code"}))
 def test_a_tree_is_the_same_alone_and_in_a_batch_whatever_the_pool(kind, mode):
-    tasks = [RolloutTask(f"task-{n}", 5, 10 + n) for n in range(4)]
+    names = ("task-0", "crashing", "task-2", "task-3", "task-4", "task-5")
+    sizes = (5, 2, 3, 6, 4, 2)
+    tasks = [RolloutTask(name, size, 10 + n) for n, (name, size) in enumerate(zip(names, sizes, strict=True))]
     made = EntropyBranching(**KINDS[kind])
     together, *_ = branch(tasks, made, context=mode)
-    tight, *_ = branch(tasks, made, slots=5, shuffle=3, context=mode)
     alone = [branch([task], made, context=mode)[0][0] for task in tasks]
-    assert dumped(together) == dumped(tight) == dumped(alone)
+    assert dumped(together) == dumped(alone)
+    for slots in (6, 7, 9, 12, 13):
+        assert dumped(branch(tasks, made, slots=slots, shuffle=slots, context=mode)[0]) == dumped(together)
 
 
 def test_groups_of_initial_episodes_alone_are_independent_episodes_bit_for_bit():
@@ -248,6 +251,13 @@ def test_consecutive_forks_of_a_chain_are_penalised_and_a_pause_forgives():
     assert [decision.probability for decision in seen] == pytest.approx([0.7, 0.525, 0.35, 0.7])
     assert [decision.forks for decision in seen] == [1, 1, 0, 1]
     assert made.decide(1, 2, entropies(2.0), 8).probability == pytest.approx(0.525)  # the child inherits the chain
+
+
+def test_what_a_group_begins_with_is_no_round_of_the_released_penalty():
+    made = EntropyBranching(**AEPO_CODE | {"beta": 0.0}, initial=2)
+    (tree,), *_ = branch([RolloutTask("task", 6, 1)], made)
+    chances = [t.info["branching"][0]["probability"] for t in tree.trajectories[:2] if "branching" in t.info]
+    assert chances and set(chances) == {0.5}
 
 
 def test_the_released_penalty_counts_rounds_of_the_group():

@@ -130,6 +130,38 @@ def test_contradictions_are_refused_with_their_reason(name, message):
         recipe(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "slots", "message"),
+    [
+        (
+            "grpo",
+            {"regularisers": [{"type": "entropy", "coefficient": c} for c in (0.1, 0.2)]},
+            "two regularisers 'entropy'",
+        ),
+        ("grpo", {"credit": {"type": "gae"}}, "'gae' needs the regulariser 'value'"),
+        (
+            "grpo",
+            {"regularisers": [{"type": "corridor", "coefficient": 0.1, "low": 0.5, "high": 1.5}]},
+            "'corridor' needs the controller 'entropy_history'",
+        ),
+    ],
+)
+def test_slots_that_need_each_other_are_missed_before_anything_is_played(name, slots, message):
+    with pytest.raises(UsageError, match=message):
+        recipe(name, slots=slots)
+
+
+def test_none_can_be_said_where_a_value_cannot_be_none():
+    """TOML has no null, and ``none`` is a word of its own in some options."""
+    assert recipe("grpo", dual_clip="none").methods["grpo"].dual_clip is None
+    assert recipe("epo", gate_turn="none").methods["epo"].gate_turn == "none"
+    assert recipe("rloo", clip="none").methods["rloo"].clip == "none"
+    with pytest.raises(UsageError, match="option 'clip_low' of recipe 'grpo'"):
+        recipe("grpo", clip_low="none")
+    with pytest.raises(UsageError, match="lower and an upper bound"):
+        recipe("aepo", factor_clamp=(2, 0))
+
+
 def test_a_contradiction_can_be_asked_for():
     made = recipe("aepo+empg", allow_conflicts=True)
     assert [shape.name for shape in made.slots.shapes] == ["entropy_factor", "entropy_modulation"]

@@ -136,6 +136,13 @@ def test_estimated_entropies_fork_and_exact_ones_are_learned_from(tmp_path, monk
     assert (estimate[mask] < exact[mask] - 1e-3).any() and (estimate[mask] <= exact[mask] + 1e-4).all()
 
 
+@pytest.mark.parametrize("name", ["rloo", "dapo"])
+def test_groups_of_one_are_refused_where_they_would_teach_nothing(tmp_path, name):
+    with pytest.raises(UsageError, match=f"train.group_size is 1; '{name}' compares"):
+        begin(tmp_path / "run", f'algorithm.name="{name}"', "train.group_size=1")
+    assert not (tmp_path / "run").exists()
+
+
 class Fleeting(gymnasium.Env):
     """A text world without snapshots."""
 
