@@ -167,7 +167,7 @@ def table(entries: Sequence[dict[str, Any]]) -> Table:
         "of GRPO",
         "turns",
     ):
-        out.add_column(column, justify="right" if column != "recipe" else "left")
+        out.add_column(column, justify="right" if column != "recipe" else "left", no_wrap=True)
     base = {entry["group_size"]: entry for entry in entries if entry["recipe"] == "grpo"}
     for entry in entries:
         cells = [str(entry["group_size"]), entry["recipe"] + (f" ({entry['preset']})" if entry["preset"] else "")]
