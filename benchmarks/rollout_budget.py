@@ -200,10 +200,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     machine = describe_machine(("torch", "transformers"))
     entries = measure(config, agent, options.group_sizes, options.seeds)
     console = Console()
+    console.width = max(console.width, 120)
     console.print(table(entries))
     console.print(summary(machine), style="dim")
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    document = {"machine": machine, "model": options.model or f"warm start on {options.warm_start} tasks"}
+    made = f"small model after a warm start on {options.warm_start} tasks"
+    document = {"machine": machine, "model": Path(options.model).name if options.model else made}
     options.out.write_text(json.dumps(document | {"entries": entries}, indent=2) + "\n", encoding="utf-8")
     console.print(f"written to {options.out}", style="dim")
     return 0
