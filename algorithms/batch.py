@@ -36,7 +36,8 @@ class Minibatch:
     length: Tensor = None  # type: ignore[assignment]
     """``[B]`` tokens of each row; up to its last trained token when absent."""
     turn: Tensor = None  # type: ignore[assignment]
-    """``[B, L]`` turn of each trained token, -1 elsewhere; turn 0 when absent."""
+    """``[B, L]`` turn of each trained token, -1 elsewhere; when absent, the row's number among those of its trajectory,
+    that is 0 where rows are trajectories."""
     old_logprobs: Tensor = None  # type: ignore[assignment]
     """``[B, L]`` nats, under the weights that sampled the token; 0 when absent. Its dtype is that of the
     plan."""
@@ -60,9 +61,11 @@ class Minibatch:
     returns: Tensor = None  # type: ignore[assignment]
     """``[B]`` float64: the whole trajectory's return; the sum of its ``token_rewards`` when absent."""
     turn_rewards: Tensor | None = None
-    """``[B, K]``: rewards of the turns of the row's *trajectory*, zero-padded."""
+    """``[B, K]``: rewards of the turns of the row's *trajectory*, zero-padded. Where rows are turns, ``[B]`` will do:
+    what each one's own turn paid."""
     anchor: Sequence[Any] | None = None
-    """Per row, the observation before each turn of its *trajectory*: entry ``k`` belongs to turn ``k``."""
+    """Per row, the observation before each turn of its *trajectory*: entry ``k`` belongs to turn ``k``. Where rows are
+    turns, a text will do: what stood before its own turn."""
     failed: int = 0
     """Trajectories that were left out because their environment broke."""
 
@@ -74,8 +77,6 @@ class Minibatch:
         device = self.mask.device
         if self.length is None:
             self.length = self.extent
-        if self.turn is None:
-            self.turn = torch.where(self.mask, 0, -1)
         if self.old_logprobs is None:
             self.old_logprobs = torch.zeros(rows, width, device=device)
         if self.old_entropy is None:
@@ -86,15 +87,42 @@ class Minibatch:
             self.group = torch.zeros(rows, dtype=torch.int64, device=device)
         if self.trajectory is None:
             self.trajectory = torch.arange(rows, device=device)
+        if self.turn is None:
+            self.turn = torch.where(self.mask, _rank(self.trajectory)[:, None], -1)
         if self.returns is None:
             paid = torch.where(self.mask, self.token_rewards, 0).double().sum(1)
             names, index = self.trajectory.unique(return_inverse=True)
             self.returns = paid.new_zeros(len(names)).index_add(0, index, paid)[index]
         self.returns = torch.as_tensor(self.returns).double()
+        self._spread_turns()
         for name, value in self._tensors():
             wanted = (rows, width) if value.dim() == 2 and name != "turn_rewards" else (rows,)
             if tuple(value.shape[: len(wanted)]) != wanted:
                 raise UsageError(f"{name} has shape {tuple(value.shape)}; the mask asks for {wanted}")
+
+    def _spread_turns(self) -> None:
+        """Gather what rows of single turns say of their own turn into what their whole trajectory was told and paid."""
+        own_rewards = self.turn_rewards is not None and self.turn_rewards.dim() == 1
+        own_anchor = self.anchor is not None and any(isinstance(seen, str) for seen in self.anchor)
+        if not own_rewards and not own_anchor:
+            return
+        last = self.turn.amax(1)
+        if bool(((self.turn != last[:, None]) & self.mask).any()):
+            raise UsageError("turn_rewards [B] and anchors of one text belong to rows of one turn each")
+        place = torch.where(last < 0, _rank(self.trajectory), last)
+        names, owner = self.trajectory.unique(return_inverse=True)
+        turns = int(place.max()) + 1
+        if own_rewards:
+            assert self.turn_rewards is not None
+            table = self.turn_rewards.new_zeros(len(names), turns)
+            table[owner, place] = self.turn_rewards
+            self.turn_rewards = table[owner]
+        if own_anchor:
+            assert self.anchor is not None
+            texts = [[""] * turns for _ in names]
+            for row, turn, seen in zip(owner.tolist(), place.tolist(), self.anchor, strict=True):
+                texts[row][turn] = seen
+            self.anchor = [tuple(texts[row]) for row in owner.tolist()]
 
     def _tensors(self) -> list[tuple[str, Tensor]]:
         named = ((item.name, getattr(self, item.name)) for item in fields(self))
@@ -186,6 +214,16 @@ class Minibatch:
             anchor=columns["anchor"],
             failed=failed,
         )
+
+
+def _rank(trajectory: Tensor) -> Tensor:
+    """``[B]``: how many earlier rows have the same trajectory."""
+    seen: dict[int, int] = {}
+    ranks = []
+    for name in trajectory.tolist():
+        ranks.append(seen.get(name, 0))
+        seen[name] = ranks[-1] + 1
+    return torch.tensor(ranks, dtype=torch.int64, device=trajectory.device)
 
 
 _PADDED = ("tokens", "mask", "turn", "node", "old_logprobs", "old_entropy", "token_rewards", "turn_rewards")

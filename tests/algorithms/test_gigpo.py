@@ -246,3 +246,31 @@ def test_options_out_of_range_are_refused():
     for options in ({"similarity": 0.0}, {"similarity": 1.5}, {"step_gamma": 1.1}, {"step_weight": -1.0}):
         with pytest.raises(UsageError, match=next(iter(options))):
             recipe("gigpo", **options)
+
+
+def test_rows_of_turns_may_say_what_their_own_turn_was_told_and_paid():
+    """GiGPO's example (a: s0, s1 paid 0, 10; b: s0, s1, s1 paid 0), one row a turn, in two notations and orders."""
+    owner = torch.tensor([0, 0, 1, 1, 1])
+    whole = Minibatch(
+        mask=torch.ones(5, 1).bool(),
+        turn=torch.tensor([[0], [1], [0], [1], [2]]),
+        trajectory=owner,
+        returns=torch.tensor([10.0, 10, 0, 0, 0]),
+        turn_rewards=torch.tensor([[0.0, 10, 0], [0, 0, 0]])[owner],
+        anchor=[("s0", "s1")] * 2 + [("s0", "s1", "s1")] * 3,
+    )
+    own = Minibatch(
+        mask=torch.ones(5, 1).bool(),
+        trajectory=owner,
+        returns=torch.tensor([10.0, 10, 0, 0, 0]),
+        turn_rewards=torch.tensor([0.0, 10, 0, 0, 0]),
+        anchor=["s0", "s1", "s0", "s1", "s1"],
+    )
+    assert torch.equal(own.turn, whole.turn)
+    plans = [recipe("gigpo", normalize_std=False).plan(batch).advantages[:, 0] for batch in (whole, own)]
+    assert torch.equal(*plans)
+    assert plans[0].tolist() == pytest.approx([9.75, 35 / 3, -9.75, -25 / 3, -25 / 3], abs=1e-4)
+    order = [3, 0, 4, 2, 1]
+    assert torch.equal(recipe("gigpo", normalize_std=False).plan(own.select(order)).advantages[:, 0], plans[1][order])
+    with pytest.raises(UsageError, match="rows of one turn each"):
+        Minibatch(mask=torch.ones(1, 2).bool(), turn=torch.tensor([[0, 1]]), turn_rewards=torch.ones(1))
