@@ -130,12 +130,18 @@ def test_estimated_entropies_fork_and_exact_ones_are_learned_from(tmp_path, monk
         "train.steps=1",
     )
     updates = []
-    monkeypatch.setattr(trainer.learner, "update", lambda batch, generator: updates.append(batch) or {"loss": 0.0})
+    update = trainer.learner.update
+    monkeypatch.setattr(
+        trainer.learner, "update", lambda batch, generator: updates.append(batch) or update(batch, generator)
+    )
     monkeypatch.setattr(Minibatch, "from_trees", classmethod(remember))
     trainer.train()
     estimate, exact = seen[-1].old_entropy, updates[0].old_entropy
     mask = updates[0].mask
     assert (estimate[mask] < exact[mask] - 1e-3).any() and (estimate[mask] <= exact[mask] + 1e-4).all()
+    (row,) = [row for row in rows(tmp_path / "run") if row["phase"] == "train"]
+    assert row["entropy/action_mean"] == pytest.approx(exact[mask].mean().item(), rel=1e-5)
+    assert row["entropy/estimate"] < row["entropy/action_mean"] and row["entropy/top_k"] == 2
 
 
 @pytest.mark.parametrize("name", ["rloo", "dapo"])
