@@ -65,7 +65,7 @@ class Minibatch:
     what each one's own turn paid."""
     anchor: Sequence[Any] | None = None
     """Per row, the observation before each turn of its *trajectory*: entry ``k`` belongs to turn ``k``. Where rows are
-    turns, a text will do: what stood before its own turn."""
+    turns, one value will do, a text or its number: what stood before its own turn."""
     failed: int = 0
     """Trajectories that were left out because their environment broke."""
 
@@ -101,14 +101,17 @@ class Minibatch:
                 raise UsageError(f"{name} has shape {tuple(value.shape)}; the mask asks for {wanted}")
 
     def _spread_turns(self) -> None:
-        """Gather what rows of single turns say of their own turn into what their whole trajectory was told and paid."""
+        """Gather what rows of single turns say of their own turn into what their whole trajectory was told and paid.
+
+        Rows of several turns are left as they are; what needs to know their turns says so.
+        """
+        if isinstance(self.anchor, Tensor):
+            self.anchor = self.anchor.tolist()
         own_rewards = self.turn_rewards is not None and self.turn_rewards.dim() == 1
-        own_anchor = self.anchor is not None and any(isinstance(seen, str) for seen in self.anchor)
-        if not own_rewards and not own_anchor:
+        own_anchor = self.anchor is not None and not all(isinstance(seen, tuple | list) for seen in self.anchor)
+        last = self.turn.amax(1) if self.mask.shape[1] else self.turn.sum(1)
+        if not (own_rewards or own_anchor) or bool(((self.turn != last[:, None]) & self.mask).any()):
             return
-        last = self.turn.amax(1)
-        if bool(((self.turn != last[:, None]) & self.mask).any()):
-            raise UsageError("turn_rewards [B] and anchors of one text belong to rows of one turn each")
         place = torch.where(last < 0, _rank(self.trajectory), last)
         names, owner = self.trajectory.unique(return_inverse=True)
         turns = int(place.max()) + 1
@@ -119,7 +122,7 @@ class Minibatch:
             self.turn_rewards = table[owner]
         if own_anchor:
             assert self.anchor is not None
-            texts = [[""] * turns for _ in names]
+            texts: list[list[Any]] = [[""] * turns for _ in names]
             for row, turn, seen in zip(owner.tolist(), place.tolist(), self.anchor, strict=True):
                 texts[row][turn] = seen
             self.anchor = [tuple(texts[row]) for row in owner.tolist()]

@@ -102,6 +102,8 @@ def _step_returns(batch: Minibatch, gamma: float, name: str) -> tuple[Cells, Ten
     """The cells of the batch, a row ``[C]`` of the trajectory of each, and its discounted rewards ``[C]``, float64."""
     if batch.turn_rewards is None:
         raise UsageError(f"credit by {name} needs turn_rewards; build the batch with Minibatch.from_trees")
+    if batch.turn_rewards.dim() == 1:
+        raise UsageError("turn_rewards [B] are for rows of one turn each; expected [B, K], one column for each turn")
     cells = turn_cells(batch.mask, batch.trajectory, batch.turn)
     rows = trajectory_rows(batch)[1]
     ahead = batch.turn_rewards[rows].double()
@@ -119,6 +121,8 @@ def _anchor_groups(batch: Minibatch, cells: Cells, row: Tensor, similarity: floa
     found = []
     for group, source, turn in zip(batch.group[row].tolist(), row.tolist(), cells.turn.tolist(), strict=True):
         seen = batch.anchor[source]
+        if not isinstance(seen, tuple | list):
+            raise UsageError("an anchor of one value is for a row of one turn; expected one value for each turn")
         if turn >= len(seen):
             raise UsageError(f"anchor of row {source} holds {len(seen)} turns; there are tokens of turn {turn}")
         found.append((group, seen[turn]))

@@ -272,5 +272,14 @@ def test_rows_of_turns_may_say_what_their_own_turn_was_told_and_paid():
     assert plans[0].tolist() == pytest.approx([9.75, 35 / 3, -9.75, -25 / 3, -25 / 3], abs=1e-4)
     order = [3, 0, 4, 2, 1]
     assert torch.equal(recipe("gigpo", normalize_std=False).plan(own.select(order)).advantages[:, 0], plans[1][order])
-    with pytest.raises(UsageError, match="rows of one turn each"):
-        Minibatch(mask=torch.ones(1, 2).bool(), turn=torch.tensor([[0, 1]]), turn_rewards=torch.ones(1))
+    numbered = own.replace(anchor=torch.tensor([0, 1, 0, 1, 1]))
+    assert torch.equal(recipe("gigpo", normalize_std=False).plan(numbered).advantages[:, 0], plans[1])
+    several = {"mask": torch.ones(1, 2).bool(), "turn": torch.tensor([[0, 1]])}
+    for fields, message in (
+        ({"turn_rewards": torch.ones(1), "anchor": ["s0"]}, "turn_rewards .B. are for rows of one turn each"),
+        ({"turn_rewards": torch.ones(1, 2), "anchor": ["s0"]}, "an anchor of one value is for a row of one turn"),
+    ):
+        batch = Minibatch(**several, **fields)
+        recipe("grpo").plan(batch)
+        with pytest.raises(UsageError, match=message):
+            recipe("gigpo").plan(batch)
