@@ -11,14 +11,14 @@ import copy
 import heapq
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import numpy as np
 
 from ..errors import UsageError, nearest
-from .branching import Branching, Decision, Group
+from .branching import Branching, Group
 from .messages import Format
 from .policies import Act, Context, Policy
 from .tree import Float32Array, Int32Array, Role, Trajectory, Tree, merge
@@ -335,7 +335,7 @@ class _Branched:
         decision = self._group.decide(episode.member, turn, act.entropies, room)
         if decision is None:
             return 0
-        episode.trajectory.info.setdefault("branching", []).append({"turn": turn, **_noted(decision)})
+        episode.trajectory.info.setdefault("branching", []).append({"turn": turn, **asdict(decision)})
         return decision.forks
 
     def fork(self, parent: _Episode) -> _Episode:
@@ -379,14 +379,6 @@ class _Branched:
         self._members.append(episode)
         self._running += 1
         self._begun += 1
-
-
-def _noted(decision: Decision) -> dict[str, Any]:
-    return {
-        "delta_entropy": decision.delta_entropy,
-        "probability": decision.probability,
-        "forks": decision.forks,
-    }
 
 
 class _Cohort:

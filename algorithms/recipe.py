@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .batch import Minibatch
-from .signals import differ
+from .signals import informative_groups, trajectory_rows
 from .slots import DEFAULT_SLOTS, Slots, Term
 from .slots.clip import log_ratio
 from .slots.regulariser import kl_estimate
@@ -206,7 +206,7 @@ class Recipe:
         metrics = {
             "advantage/abs_mean": float((torch.where(mask, advantages, 0).abs() * share).sum()),
             "entropy/old_mean": float((torch.where(mask, batch.old_entropy, 0) * share).sum()),
-            "groups/informative": _informative(batch, returns),
+            "groups/informative": float(informative_groups(batch, returns)[0].double().mean()),
         }
         metrics |= {name: float(value) for name, value in scalars.items() if isinstance(value, int | float)}
         for name, term in terms.items():
@@ -326,8 +326,8 @@ def _paid(batch: Minibatch, parts: Sequence[Tensor]) -> tuple[Minibatch, Tensor]
     for part in parts:
         if part.dim() == 2:
             paid = torch.where(batch.mask, part, 0)
-            names, index = batch.trajectory.unique(return_inverse=True)
-            sums = returns.new_zeros(len(names)).index_add(0, index, paid.double().sum(1))
+            index, rows = trajectory_rows(batch)
+            sums = returns.new_zeros(len(rows)).index_add(0, index, paid.double().sum(1))
             returns = returns + sums[index]
             batch = batch.replace(token_rewards=torch.where(batch.mask, batch.token_rewards, 0) + paid)
         else:
@@ -365,13 +365,3 @@ def _refuse_halves(name: str, slots: Slots) -> None:
 def _cast(term: Term, dtype: torch.dtype) -> Term:
     inputs = {name: value.to(dtype) for name, value in term.inputs.items()}
     return Term(term.coefficient.to(dtype), inputs, term.selected)
-
-
-def _informative(batch: Minibatch, returns: Tensor) -> float:
-    """Share of groups whose members did not all get the same return."""
-    names, index = batch.group.unique(return_inverse=True)
-    extremes = [
-        returns.new_zeros(len(names)).scatter_reduce(0, index, returns, kind, include_self=False)
-        for kind in ("amin", "amax")
-    ]
-    return float(differ(*extremes).double().mean())

@@ -5,6 +5,7 @@
 - ``turn_cells``, ``Cells``: the (trajectory, turn) cells that per-turn statistics reduce over.
 - ``cell_mean``: mean over the tokens of each cell.
 - ``trajectory_rows``: the trajectory of each row, and a row of each trajectory.
+- ``informative_groups``: groups with something to compare.
 - ``turn_entropy``: sum and number of token entropies at each turn index.
 """
 
@@ -40,11 +41,6 @@ def masked_whiten(x: Tensor, mask: Tensor, shift_mean: bool = True) -> Tensor:
     mean, variance = masked_mean(x, mask), masked_var(x, mask)
     white = (x - mean) * torch.rsqrt(variance + 1e-8)
     return white if shift_mean else white + mean
-
-
-def differ(low: Tensor, high: Tensor) -> Tensor:
-    """Where ``low < high`` by more than rounding: returns that were summed in another order are still equal."""
-    return high - low > 1e-9 * torch.maximum(low.abs(), high.abs()).clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -84,6 +80,14 @@ def trajectory_rows(batch: Minibatch) -> tuple[Tensor, Tensor]:
     """``[B]`` number of each row's trajectory, as in ``Cells``, and ``[J]`` one of the rows of each trajectory."""
     names, index = batch.trajectory.unique(return_inverse=True)
     return index, torch.zeros_like(names).scatter_(0, index, torch.arange(len(index), device=index.device))
+
+
+def informative_groups(batch: Minibatch, returns: Tensor) -> tuple[Tensor, Tensor]:
+    """``[G]`` bool: groups whose ``returns`` ``[B]`` differ by more than rounding; ``[B]`` group of each row."""
+    names, index = batch.group.unique(return_inverse=True)
+    zeros = returns.new_zeros(len(names))
+    low, high = (zeros.scatter_reduce(0, index, returns, kind, include_self=False) for kind in ("amin", "amax"))
+    return high - low > 1e-9 * torch.maximum(low.abs(), high.abs()).clamp(min=1), index
 
 
 def turn_entropy(batch: Minibatch, per_turn: bool = True) -> tuple[Tensor, Tensor]:

@@ -231,7 +231,7 @@ class Trainer:
             self.display.status(
                 f"step {self.step}/{config.train.steps}", f"{len(kept)} of {wanted} groups to learn from"
             )
-        rest = [place for place in range(len(played)) if place not in set(kept)]
+        rest = sorted(set(range(len(played))) - set(kept))
         chosen = sorted(kept[:wanted] + rest[: max(0, wanted - len(kept))])
         return played, [played[place] for place in chosen], len(kept)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...agents.branching import EntropyBranching
 from ...errors import UsageError
 from ..batch import Minibatch
-from ..signals import differ
+from ..signals import informative_groups
 from .registry import register
 
 
@@ -40,12 +40,8 @@ class GroupFilter:
             raise UsageError(f"max_batches must be at least 1 round of rollouts, not {self.max_batches}")
 
     def keep(self, batch: Minibatch) -> Tensor:
-        names, index = batch.group.unique(return_inverse=True)
-        zeros = batch.returns.new_zeros(len(names))
-        lowest, highest = (
-            zeros.scatter_reduce(0, index, batch.returns, kind, include_self=False) for kind in ("amin", "amax")
-        )
-        return differ(lowest, highest)[index]
+        differ, index = informative_groups(batch, batch.returns)
+        return differ[index]
 
 
 @register("sampler", "fork")

@@ -1,6 +1,8 @@
 """A pool, a world and an engine in one process, for tests of the rollout loop."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -58,7 +60,9 @@ class InlinePool:
 
     num_envs: int
     shuffle: int = 0
-    worlds: dict[int, Corridor] = field(default_factory=dict)
+    make: Callable[[str], Any] = Corridor
+    """From a task to a world, a dataclass with ``answer(slot, command=None)``."""
+    worlds: dict[int, Any] = field(default_factory=dict)
     pending: dict[int, EnvResult] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=list)
     last: dict[int, EnvResult] = field(default_factory=dict)
@@ -66,7 +70,7 @@ class InlinePool:
 
     def reset(self, slot, *, task, seed):
         assert 0 <= slot < self.num_envs and slot not in self.pending
-        self.worlds[slot] = Corridor(task)
+        self.worlds[slot] = self.make(task)
         self.seeds.append(seed)
         self.pending[slot] = self.worlds[slot].answer(slot)
 

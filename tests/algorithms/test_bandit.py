@@ -1,6 +1,6 @@
 """Every method learns a text bandit of two turns, played through the real rollout loop by a table of logits."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -15,6 +15,8 @@ from agentropy.agents.tokenizer import build_word_tokenizer
 from agentropy.algorithms import Minibatch, recipe, recipes
 from agentropy.algorithms.recipes import available_presets
 from agentropy.envs.pool import EnvResult
+
+from ..agents.inline import InlinePool
 
 WORDS = ["red", "green", "blue"]
 TOKENIZER = build_word_tokenizer([*WORDS, "door", "box", "safe"])
@@ -37,32 +39,6 @@ class Safe:
         text = f"safe {self.task} door" if not self.said else f"box {self.said[0]}"
         info = {"task": self.task, "won": won, "score": float(won), "goal": self.task}
         return EnvResult(slot, text, float(won), over, False, info)
-
-
-@dataclass
-class SafePool:
-    """The pool's contract in one process."""
-
-    num_envs: int
-    worlds: dict = field(default_factory=dict)
-    pending: dict = field(default_factory=dict)
-    last: dict = field(default_factory=dict)
-
-    def reset(self, slot, *, task, seed):
-        self.worlds[slot] = Safe(task)
-        self.pending[slot] = self.worlds[slot].answer(slot)
-
-    def fork(self, src, dst):
-        self.worlds[dst] = replace(self.worlds[src])
-        self.pending[dst] = replace(self.last[src], slot=dst, reward=0.0)
-
-    def step(self, slot, action):
-        self.pending[slot] = self.worlds[slot].answer(slot, action)
-
-    def wait(self, slots, *, all):
-        results = [self.pending.pop(slot) for slot in sorted(slots)]
-        self.last |= {result.slot: result for result in results}
-        return results
 
 
 class Table(torch.nn.Module):
@@ -125,7 +101,7 @@ def play(table, made, step, tasks=TASKS, context="full"):
     plan = [RolloutTask(task, GROUP, 1000 * step + n) for n, task in enumerate(tasks)]
     return rollout(
         policy,
-        SafePool(GROUP * len(tasks)),
+        InlinePool(GROUP * len(tasks), make=Safe),
         format,
         plan,
         split="train",
