@@ -1,5 +1,16 @@
-"""Tensor operations on logits, each a plain function with fp32 statistics whatever the input type.
+"""Tensor operations, each a function with a plain torch form and fp32 statistics whatever the input type.
 
-- ``logprob``: log-probability and entropy of given targets, differentiable.
+Where a second form in Triton exists it gives the same numbers to rounding; ``dispatch`` chooses. No operation waits for
+the device or adds in an order that varies, and no row's result depends on another row.
+
+- ``dispatch``: which form runs.
+- ``logprob``: log-probability and entropy of given targets from logits, differentiable.
+- ``linear_logprob``: the same straight from hidden states, and policy losses with their gradients; ``head_tiles`` is
+  its torch form.
 - ``sampling``: draws from given uniform numbers, with the statistics of the draw.
+- ``segments``: sums, returns and advantages over turns, trajectories and groups.
+- ``trees``, ``tree_attention``: rows that share prefixes, packed, and attention over them; ``attention_pieces`` is what
+  its torch form is made of.
+- ``linear``, ``blocks``: linear layers and the elementwise parts of a Llama block for updates on a CPU.
+- ``paged``: keys and values in blocks that sequences share.
 """

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
 from agentropy.errors import UsageError
-from agentropy.kernels.sampling import sample
+from agentropy.kernels.sampling import Sample, sample
 
 
 def uniforms(count: int, seed: int) -> Tensor:
@@ -78,6 +81,14 @@ def test_extreme_uniforms_never_draw_an_impossible_token() -> None:
         assert bool(drawn.logprob_raw.isfinite().all()) and bool(drawn.entropy_raw.isfinite().all())
 
 
+def test_the_last_bits_of_sums_never_draw_an_impossible_token() -> None:
+    """A block summed at once and token by token: the threshold may lie between the two sums."""
+    logits = torch.randn(3000, 60, dtype=torch.float64, generator=torch.Generator().manual_seed(23))
+    logits[:, 40:] = -torch.inf
+    drawn = sample(logits, torch.full((3000,), 1 - 2.0**-53, dtype=torch.float64))
+    assert int(drawn.token.min()) == int(drawn.token.max()) == 39
+
+
 @pytest.mark.parametrize("offset", [-300.0, 300.0])
 def test_offsets_change_nothing(offset: float) -> None:
     logits = torch.randn(50, 100, generator=torch.Generator().manual_seed(1)) * 3
@@ -95,14 +106,125 @@ def test_temperature_zero_takes_the_most_probable_token() -> None:
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 0.9)])
-def test_a_row_alone_equals_the_row_in_a_batch(top_k: int, top_p: float) -> None:
-    logits = torch.randn(64, 517, generator=torch.Generator().manual_seed(7)) * 2
-    numbers = uniforms(64, 8)
+@pytest.mark.parametrize("vocabulary", [23, 517, 1188, 49152])
+def test_a_row_alone_equals_the_row_in_a_batch_to_the_bit(vocabulary: int, top_k: int, top_p: float) -> None:
+    logits = torch.randn(12, vocabulary, generator=torch.Generator().manual_seed(7)) * 2
+    numbers = uniforms(12, 8)
     together = sample(logits, numbers, 0.8, top_k, top_p)
-    for row in range(64):
+    for row in range(12):
         alone = sample(logits[row : row + 1], numbers[row : row + 1], 0.8, top_k, top_p)
-        assert alone.token.item() == together.token[row].item()
-        torch.testing.assert_close(alone.logprob_tempered[0], together.logprob_tempered[row])
+        for one, many in zip(alone, together, strict=True):
+            assert torch.equal(one, many[row : row + 1])
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    vocabulary=st.sampled_from([1, 2, 7, 31, 64, 65, 130]),
+    temperature=st.sampled_from([1.0, 0.1, 0.7, 5.0]),
+    top_k=st.sampled_from([0, 1, 3, 20, 200]),
+    top_p=st.sampled_from([1.0, 0.93, 0.61, 0.137, 1e-9]),
+    levels=st.sampled_from([1, 2, 5, 1 << 20]),
+    impossible=st.floats(0, 0.9),
+    offset=st.sampled_from([0.0, -300.0, 300.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_draws_and_statistics_are_those_of_the_plain_definition(
+    vocabulary: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    levels: int,
+    impossible: float,
+    offset: float,
+    seed: int,
+) -> None:
+    """Few levels make many ties."""
+    random = np.random.default_rng(seed)
+    values = np.round(random.normal(0, 2, (3, vocabulary)) * levels) / levels + offset
+    values[random.random((3, vocabulary)) < impossible] = -np.inf
+    values[:, random.integers(vocabulary)] = offset
+    logits, numbers = torch.from_numpy(values), torch.from_numpy(random.random(3))
+    assert_plain(logits, numbers, temperature, top_k, top_p, 1e-9)
+    assert_plain(logits.float(), numbers, temperature, top_k, top_p, 1e-6 + 2e-7 * 300 / temperature)
+
+
+def assert_plain(
+    logits: Tensor, numbers: Tensor, temperature: float, top_k: int, top_p: float, tolerance: float
+) -> None:
+    drawn = sample(logits, numbers, temperature, top_k, top_p)
+    assert drawn.entropy_raw.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    for row, token in enumerate(drawn.token.tolist()):
+        expected = oracle(logits[row], temperature, top_k, top_p)
+        cumulative = expected.cumsum()
+        assert expected[token] > 0
+        assert cumulative[token] - expected[token] - tolerance <= float(numbers[row]) <= cumulative[token] + tolerance
+        raw, tempered = (torch.softmax(logits[row].double() / scale, -1).numpy() for scale in (1.0, temperature))
+        plain = {
+            "logprob_raw": np.log(raw[token]),
+            "logprob_tempered": np.log(tempered[token]),
+            "logprob_processed": np.log(expected[token]),
+            "entropy_raw": stats.entropy(raw),
+            "entropy_tempered": stats.entropy(tempered),
+            "entropy_processed": stats.entropy(expected),
+            "kept_logmass": np.log(tempered[expected > 0].sum()),
+        }
+        for name, value in plain.items():
+            assert float(getattr(drawn, name)[row]) == pytest.approx(value, abs=tolerance, rel=2e-7), name
+
+
+@pytest.mark.parametrize("vocabulary", [1, 63, 1188, 4099])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 12.0])
+def test_the_middle_of_its_interval_draws_each_token(vocabulary: int, scale: float) -> None:
+    """Over the ends of all blocks of the two-level search."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(vocabulary, dtype=torch.float64, generator=generator) * scale
+    cumulative = torch.softmax(logits, -1).cumsum(-1)
+    middles = cumulative - torch.softmax(logits, -1) / 2
+    likely = torch.softmax(logits, -1) > 1e-13
+    drawn = sample(logits.expand(vocabulary, -1), (middles / cumulative[-1]).clamp(max=1 - 2.0**-53))
+    assert torch.equal(drawn.token[likely], torch.arange(vocabulary)[likely])
+
+
+@pytest.mark.parametrize("shape", [(128, 1188), (7, 49152), (3, 151936)])
+def test_the_token_is_that_of_a_float64_sum_over_the_whole_vocabulary(shape: tuple[int, int]) -> None:
+    logits = torch.randn(shape, generator=torch.Generator().manual_seed(17)) * 3
+    numbers = uniforms(shape[0], 18)
+    cumulative = torch.softmax(logits.double(), -1).cumsum(-1)
+    expected = torch.searchsorted(cumulative, numbers[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    drawn = sample(logits, numbers)
+    assert torch.equal(drawn.token, expected)
+    exact = torch.log_softmax(logits.double(), -1)
+    torch.testing.assert_close(drawn.logprob_raw.double(), exact.gather(1, expected[:, None])[:, 0], atol=2e-6, rtol=0)
+    torch.testing.assert_close(drawn.entropy_raw.double(), -(exact.exp() * exact).sum(-1), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 0, 1.0), (1.0, 3, 0.9), (0.0, 0, 1.0)], ids=str)
+def test_a_broken_row_stays_alone(settings: tuple[float, int, float]) -> None:
+    logits = torch.randn(5, 70, generator=torch.Generator().manual_seed(19))
+    whole = sample(logits, uniforms(5, 20), *settings)
+    logits[1, 3], logits[3] = torch.nan, -torch.inf
+    drawn = sample(logits, uniforms(5, 20), *settings)
+    for field, value, expected in zip(Sample._fields, drawn, whole, strict=True):
+        assert torch.equal(value[[0, 2, 4]], expected[[0, 2, 4]]), field
+    assert bool(((drawn.token >= 0) & (drawn.token < 70)).all())
+    assert bool(drawn.logprob_raw[[1, 3]].isnan().all()) and bool(drawn.entropy_raw[[1, 3]].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("settings", [(1.0, 0, 1.0), (0.7, 5, 0.9), (0.0, 0, 1.0)], ids=str)
+def test_other_types_and_layouts_are_read_exactly(dtype: torch.dtype, settings: tuple[float, int, float]) -> None:
+    logits = (torch.randn(90, 6, generator=torch.Generator().manual_seed(21)) * 2).to(dtype)
+    before = logits.clone()
+    drawn = sample(logits.t(), uniforms(6, 22), *settings)
+    expected = sample(logits.t().float().contiguous().requires_grad_(), uniforms(6, 22), *settings)
+    for value, other in zip(drawn, expected, strict=True):
+        assert torch.equal(value, other) and not other.requires_grad
+    assert torch.equal(logits, before)
+
+
+def test_a_batch_of_none_is_drawn() -> None:
+    for settings_ in ((1.0, 0, 1.0), (0.5, 2, 0.9), (0.0, 0, 1.0)):
+        assert [len(value) for value in sample(torch.zeros(0, 9), uniforms(0, 0), *settings_)] == [0] * 8
 
 
 @pytest.mark.parametrize(
@@ -174,3 +296,17 @@ def test_impossible_tokens_and_ties_add_nothing_to_the_estimate() -> None:
 def test_shapes_are_checked() -> None:
     with pytest.raises(UsageError, match=r"expected \[B, V\]"):
         sample(torch.zeros(3, 4), torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(UsageError, match=r"expected \[B, V\]"):
+        sample(torch.zeros(3, 0), torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": -1.0}, {"temperature": math.nan}, {"top_k": -1}, {"top_p": 0.0}, {"entropy_top_k": -2}],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=rf"{next(iter(wrong))} is .*; expected >"):
+        sample(torch.zeros(1, 4), torch.zeros(1, dtype=torch.float64), **wrong)
+    with pytest.raises(UsageError, match="did you mean 'torch'"):
+        sample(torch.zeros(1, 4), torch.zeros(1, dtype=torch.float64), backend="troch")  # type: ignore[arg-type]
