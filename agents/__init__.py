@@ -3,5 +3,5 @@
 - ``tree``: trajectories, each token stored once.
 - ``tokenizer``, ``models``, ``formats``: words, weights, and messages as tokens.
 - ``engines``: generation.
-- ``policies``, ``rollout``: who plays, and the loop that writes the trees.
+- ``policies``, ``episodes``, ``rollout``: who plays, what is played, and the loop that writes the trees.
 """

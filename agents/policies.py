@@ -1,7 +1,8 @@
-"""Who plays: policies answer a batch of contexts with one action each.
+"""Who plays: policies answer contexts with one action each, a batch at a time or as they come.
 
 - ``Context``, ``Act``: what a policy is given and gives.
-- ``Policy``: the protocol.
+- ``Policy``: the protocol; ``ActStream``: contexts that come and go while a policy works.
+- ``act_stream``: the stream of any policy.
 - ``EnginePolicy``: a language model behind an engine.
 - ``ExpertPolicy``: the environment's own expert, with optional noise, for demonstrations.
 - ``RandomPolicy``: admissible commands at random, the floor that every result is compared with.
@@ -16,7 +17,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import UsageError
-from .engines.base import Engine, Request, SamplingParams
+from .engines.base import Completion, Engine, Request, SamplingParams, Stream
 from .messages import Format, Info, ParsedAction, admissible
 from .tree import Float32Array, Int32Array
 
@@ -51,10 +52,15 @@ class Act:
     version: int = 0
     entropy_top_k: int = 0
     """0 where the entropies are exact, else the k that they were estimated from; see ``Completion``."""
+    kept_logmass: Float32Array = field(default_factory=lambda: _NOTHING)
+    """Log of the mass that filters of the sampling kept, one per token; empty where no tokens were drawn."""
 
 
 class Policy(Protocol):
-    """Chooses actions. The answer to a context must not depend on what else is in the batch."""
+    """Chooses actions. The answer to a context must not depend on what else is in the batch.
+
+    A policy that can take in contexts while it works on others has a method ``stream() -> ActStream`` as well.
+    """
 
     @property
     def max_action_tokens(self) -> int:
@@ -68,6 +74,51 @@ class Policy(Protocol):
     def release(self, finished: Sequence[Int32Array]) -> None:
         """Hear that these token sequences, each up to its last action, will not be continued."""
         ...
+
+
+class ActStream(Protocol):
+    """Contexts that come and go while a policy works."""
+
+    def add(self, context: Context) -> int:
+        """Take a context; return its ticket, which is larger than those before."""
+        ...
+
+    def step(self) -> list[tuple[int, Act]]:
+        """Do a piece of work on every context; return the actions that are whole now, with their tickets."""
+        ...
+
+    def close(self) -> None:
+        """Drop what is not finished."""
+        ...
+
+
+def act_stream(policy: Policy) -> ActStream:
+    """The stream of ``policy``; without one of its own, a step answers all contexts that were added."""
+    own = getattr(policy, "stream", None)
+    stream: ActStream = _AllAtOnce(policy) if own is None else own()
+    return stream
+
+
+class _AllAtOnce:
+    """A stream over ``Policy.act``."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._waiting: list[Context] = []
+        self._answered = 0
+
+    def add(self, context: Context) -> int:
+        self._waiting.append(context)
+        return self._answered + len(self._waiting) - 1
+
+    def step(self) -> list[tuple[int, Act]]:
+        acts = list(enumerate(self._policy.act(self._waiting), self._answered))
+        self._answered += len(acts)
+        self._waiting = []
+        return acts
+
+    def close(self) -> None:
+        self._waiting = []
 
 
 class EnginePolicy:
@@ -96,23 +147,59 @@ class EnginePolicy:
         return self.engine.vocabulary
 
     def act(self, contexts: Sequence[Context]) -> list[Act]:
-        requests = [Request(context.tokens, context.seed, self.max_action_tokens) for context in contexts]
-        return [
-            Act(
-                tokens=completion.tokens,
-                parsed=self._format.parse(completion.tokens.tolist(), context.info),
-                sampled=True,
-                logprobs=completion.logprobs,
-                entropies=completion.entropies,
-                version=completion.version,
-                entropy_top_k=completion.entropy_top_k,
-            )
-            for context, completion in zip(contexts, self.engine.generate(requests, self._sampling), strict=True)
-        ]
+        completions = self.engine.generate([self.request(context) for context in contexts], self._sampling)
+        return [self.read(context, completion) for context, completion in zip(contexts, completions, strict=True)]
+
+    def stream(self) -> ActStream:
+        """Contexts that the engine works on side by side; an engine without streams answers all that were added."""
+        if not hasattr(self.engine, "stream"):
+            return _AllAtOnce(self)
+        return _EngineStream(self, self.engine.stream(self._sampling))
+
+    def request(self, context: Context) -> Request:
+        """What the engine is asked."""
+        return Request(context.tokens, context.seed, self.max_action_tokens)
+
+    def read(self, context: Context, completion: Completion) -> Act:
+        """The action that ``completion`` is."""
+        return Act(
+            tokens=completion.tokens,
+            parsed=self._format.parse(completion.tokens.tolist(), context.info),
+            sampled=True,
+            logprobs=completion.logprobs,
+            entropies=completion.entropies,
+            version=completion.version,
+            entropy_top_k=completion.entropy_top_k,
+            kept_logmass=completion.kept_logmass,
+        )
 
     def release(self, finished: Sequence[Int32Array]) -> None:
         # The last token of an action was sampled and never read: what an engine may hold ends before it.
         self.engine.release([tokens[:-1] for tokens in finished if len(tokens) > 1])
+
+
+class _EngineStream:
+    """A stream over ``Engine.stream``."""
+
+    def __init__(self, policy: EnginePolicy, stream: Stream) -> None:
+        self._policy = policy
+        self._stream = stream
+        self._contexts: dict[int, Context] = {}
+
+    def add(self, context: Context) -> int:
+        ticket = self._stream.add(self._policy.request(context))
+        self._contexts[ticket] = context
+        return ticket
+
+    def step(self) -> list[tuple[int, Act]]:
+        return [
+            (ticket, self._policy.read(self._contexts.pop(ticket), completion))
+            for ticket, completion in self._stream.step()
+        ]
+
+    def close(self) -> None:
+        self._contexts.clear()
+        self._stream.close()
 
 
 class ExpertPolicy:

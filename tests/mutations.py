@@ -49,7 +49,8 @@ TESTS = {
 }
 """What is run for each method: pytest arguments, one process each, until one fails."""
 
-SHAPE, FORKS, ROLLOUT = "algorithms/slots/shape.py", "agents/branching.py", "agents/rollout.py"
+SHAPE, FORKS = "algorithms/slots/shape.py", "agents/branching.py"
+ROLLOUT, EPISODES = "agents/rollout.py", "agents/episodes.py"
 CONTROLLER, REGULARISER = "algorithms/slots/controller.py", "algorithms/slots/regulariser.py"
 
 MUTATIONS = (
@@ -82,7 +83,7 @@ MUTATIONS = (
     Mutation(
         "arpo",
         "a fork shares its parent's list of actions",
-        ROLLOUT,
+        EPISODES,
         "list(self.entropies), list(self._actions)",
         "list(self.entropies), self._actions",
     ),
@@ -97,14 +98,14 @@ MUTATIONS = (
         "arpo",
         "forks after the action instead of before it",
         ROLLOUT,
-        """        for _ in range(unit.decide(episode, act)):
-            self._pool.fork(slot, cohort.put(place, unit, unit.fork(episode)))
-        episode.record(act)
+        """            for _ in range(unit.decide(episode, act)):
+                self._pool.fork(slot, self._seat(table, unit.fork(episode)))
+            episode.record(act)
 """,
-        """        forks = unit.decide(episode, act)
-        episode.record(act)
-        for _ in range(forks):
-            self._pool.fork(slot, cohort.put(place, unit, unit.fork(episode)))
+        """            forks = unit.decide(episode, act)
+            episode.record(act)
+            for _ in range(forks):
+                self._pool.fork(slot, self._seat(table, unit.fork(episode)))
 """,
     ),
     Mutation(

@@ -2,8 +2,10 @@
 
 - ``base``: requests, completions and the ``Engine`` protocol; loads no torch.
 - ``torch_engine``: the built-in engine, for any causal language model of transformers.
+- ``vllm_engine``: vLLM in this process.
+- ``http_engine``: any server that speaks OpenAI's interface.
 """
 
-from .base import Completion, Engine, EngineStats, Request, SamplingParams, StopReason
+from .base import Completion, Engine, EngineStats, Request, SamplingParams, StopReason, Stream
 
-__all__ = ["Completion", "Engine", "EngineStats", "Request", "SamplingParams", "StopReason"]
+__all__ = ["Completion", "Engine", "EngineStats", "Request", "SamplingParams", "StopReason", "Stream"]

@@ -5,14 +5,16 @@
 - ``StopReason``: why a completion ended.
 - ``Completion``: the sampled tokens with exact log-probabilities and entropies.
 - ``EngineStats``: counters of the work done since construction.
+- ``Stream``: requests that come and go while the engine runs.
 - ``Engine``: the protocol that every engine implements.
+- ``run_all``: all completions of a stream, in order.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import UsageError
+
+_LEFT_OUT: NDArray[np.float32] = np.empty(0, dtype=np.float32)
 
 
 class StopReason(StrEnum):
@@ -31,6 +35,8 @@ class StopReason(StrEnum):
     """``Request.max_tokens`` were sampled."""
     CONTEXT = "context"
     """The model's last position was reached; the completion may be empty."""
+    CANCELLED = "cancelled"
+    """``Stream.cancel`` ended it; the completion holds what had been sampled and may be empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +128,10 @@ class Completion:
         cached_tokens: how many context tokens were not computed for this request, 0 <= cached_tokens <= L; all L
             where another request of the batch has the same context.
         entropy_top_k: 0 where the entropies are exact, else the k that they were estimated from.
+        processed_logprobs: float32[n], under the distribution that was drawn from: tempered, filtered by top-k and
+            top-p, renormalised. Left out, there was no filter: they are ``logprobs``.
+        kept_logmass: float32[n], log of the mass that the filters kept, <= 0:
+            ``logprobs = processed_logprobs + kept_logmass``. Left out, it is 0.
     """
 
     tokens: NDArray[np.int32]
@@ -133,6 +143,14 @@ class Completion:
     version: int
     cached_tokens: int
     entropy_top_k: int = 0
+    processed_logprobs: NDArray[np.float32] = field(default_factory=lambda: _LEFT_OUT)
+    kept_logmass: NDArray[np.float32] = field(default_factory=lambda: _LEFT_OUT)
+
+    def __post_init__(self) -> None:
+        if self.processed_logprobs is _LEFT_OUT:
+            object.__setattr__(self, "processed_logprobs", self.logprobs)
+        if self.kept_logmass is _LEFT_OUT:
+            object.__setattr__(self, "kept_logmass", np.zeros(len(self.tokens), dtype=np.float32))
 
 
 @dataclass
@@ -143,13 +161,41 @@ class EngineStats:
         prefill_tokens: context tokens computed.
         cached_tokens: context tokens taken from the cache or shared with another request of the batch.
         decode_tokens: tokens sampled.
-        seconds: time spent inside ``generate``.
+        seconds: time spent inside ``generate`` and ``Stream.step``.
     """
 
     prefill_tokens: int = 0
     cached_tokens: int = 0
     decode_tokens: int = 0
     seconds: float = 0.0
+
+
+class Stream(Protocol):
+    """Requests that come and go while the engine runs (continuous batching).
+
+    A request joins in the step after it was added; a finished one's place is taken in the same step.
+    """
+
+    def add(self, request: Request) -> int:
+        """Take a request; return its ticket: 0, 1, 2, … in the order of the calls."""
+        ...
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """Advance all running requests by at least one token; return those that ended, in ticket order."""
+        ...
+
+    def cancel(self, ticket: int) -> Completion:
+        """End a running request now, with ``StopReason.CANCELLED`` and what it has."""
+        ...
+
+    @property
+    def running(self) -> int:
+        """Requests that were added and have not ended."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what runs; the stream takes no more requests. Calling again does nothing."""
+        ...
 
 
 @runtime_checkable
@@ -159,9 +205,15 @@ class Engine(Protocol):
     stats: EngineStats
     vocabulary: int
     """Number of token ids: 0 to vocabulary - 1, those of the embedding's padding included."""
+    exact: bool
+    """Whether its log-probabilities are those of the learner's own forward pass, to rounding."""
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Continue every request; completions come back in the order of the requests."""
+        ...
+
+    def stream(self, params: SamplingParams) -> Stream:
+        """Open a stream of requests that share ``params``."""
         ...
 
     def load_weights(self, state_dict: Mapping[str, Any] | None, version: int) -> None:
@@ -175,3 +227,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free the caches; the engine generates no more."""
         ...
+
+
+def run_all(stream: Stream, requests: Sequence[Request]) -> list[Completion]:
+    """Add ``requests`` to a fresh stream and step until they have ended; completions in their order."""
+    tickets = [stream.add(request) for request in requests]
+    done: dict[int, Completion] = {}
+    while stream.running:
+        done.update(stream.step())
+    return [done[ticket] for ticket in tickets]

@@ -1,30 +1,43 @@
-"""The prefix cache: sequences in slots, found by their token ids, bounded in tokens.
+"""The prefix cache: sequences of shared blocks, found by their token ids, bounded in tokens.
 
-- ``PrefixCache``: places contexts in slots so that the longest cached prefix of each is reused.
+- ``PrefixCache``: gives every request a sequence that begins with the longest cached prefix of its context.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ...errors import UsageError
-from .arena import KVArena, LayerShape
-from .slots import SlotIndex, Tokens
+from ...kernels.paged import LayerShape, OutOfBlocks, PagedKV
+from .radix import RadixTree, Tokens
 
+_T = TypeVar("_T")
+
+BLOCK = 16
+"""Positions per block."""
 _FIRST_CAPACITY = 256
 _CAPACITY_STEP = 64
+_SHARED_BYTES = 1 << 17
+"""A prefix of at least so many bytes per layer stays shared; a shorter one is copied, which costs less."""
+
+
+def striped_on(device: torch.device) -> bool:
+    """Whether attention on ``device`` reads stripes through views, rather than blocks through tables."""
+    return device.type == "cpu"
 
 
 class PrefixCache:
-    """Slots x capacity never exceeds ``max_tokens``; a full cache forgets the least recently used sequence.
+    """Blocks never exceed ``max_tokens``; a full cache forgets the least recently used sequence that nobody runs.
 
-    A context is continued in place in the slot that holds exactly its prefix; when the best slot also holds
-    other tokens, or serves another request, the prefix is copied to a slot of its own (a fork). The index only
-    lists tokens whose keys and values have been computed, so an interrupted call leaves a valid cache.
+    A context is continued in place in the sequence that holds exactly its prefix; when the best sequence also holds
+    other tokens, or is running, it is forked. The tree only lists tokens whose keys and values have been computed,
+    so an interrupted call leaves a valid cache. On a CPU every running sequence writes to a stripe
+    of its own (see ``PagedKV``), which is as long as the longest sequence needs.
     """
 
     def __init__(
@@ -32,126 +45,226 @@ class PrefixCache:
         layers: Sequence[LayerShape],
         *,
         max_tokens: int,
-        max_slots: int,
+        max_sequences: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Create an empty cache for sequences of these layers."""
         self._max_tokens = max_tokens
-        self._max_slots = max_slots
-        capacity = min(_FIRST_CAPACITY, max_tokens)
-        slots = self._slots_for(capacity)
-        self.index = SlotIndex(slots, capacity)
-        self.arena = KVArena(layers, slots, capacity, dtype=dtype, device=device)
-        self._claimed: set[int] = set()
+        self._max_sequences = max_sequences
+        self._blocks = -(-max_tokens // BLOCK)
+        self._striped = striped_on(device) and self._blocks > 1
+        stripe = min(_FIRST_CAPACITY // BLOCK, self._blocks) if self._striped else 1
+        self.kv = PagedKV(
+            layers,
+            blocks=self._stripes(stripe) * stripe if self._striped else self._blocks,
+            block=BLOCK,
+            stripe=stripe,
+            sequences=max_sequences,
+            dtype=dtype,
+            device=device,
+        )
+        self.tree = RadixTree()
+        self._running: dict[int, int] = {}
+        self._used = np.zeros(max_sequences, dtype=np.int64)
+        self._clock = 0
+        width = max(layer.heads * (layer.key_size + layer.value_size) for layer in layers)
+        self._shared_tokens = -(-_SHARED_BYTES // (width * dtype.itemsize))
 
-    def _slots_for(self, capacity: int) -> int:
-        return max(1, min(self._max_slots, self._max_tokens // capacity))
+    def _stripes(self, stripe: int) -> int:
+        return max(1, min(self._max_sequences, self._blocks // stripe))
 
-    def reserve(self, positions: int) -> int:
-        """Make every slot hold ``positions`` tokens; return how many requests can run at once.
+    @property
+    def running(self) -> int:
+        """Sequences that requests hold."""
+        return len(self._running)
+
+    def check(self, positions: int) -> None:
+        """Refuse a sequence of ``positions`` tokens that can never fit.
 
         Raises:
-            UsageError: one sequence of that length exceeds the cache.
+            UsageError: it exceeds the cache.
         """
         if positions > self._max_tokens:
             raise UsageError(
                 f"a sequence of {positions} tokens does not fit in cache_tokens={self._max_tokens}; "
                 "expected cache_tokens of at least the longest context plus max_tokens"
             )
-        if positions > self.index.capacity:
-            wanted = max(positions, self.index.capacity * 3 // 2)
-            wanted = min(-(-wanted // _CAPACITY_STEP) * _CAPACITY_STEP, self._max_tokens)
-            slots = self._slots_for(wanted)
-            kept = self.index.resize(slots, wanted)
-            self.arena = self.arena.resized(slots, wanted, kept, self.index.length[: len(kept)])
-        return self.index.slots
 
-    def place(self, contexts: Sequence[Tokens]) -> list[tuple[int, int]]:
-        """Claim a slot for each context; return (slot, number of leading tokens already in it).
+    def claim(self, context: Tokens, positions: int) -> tuple[int, int] | None:
+        """Return a sequence with room for ``context`` and how many of its leading tokens are already computed.
 
-        At least one token is always left to compute, so that its logits are known. Call ``commit`` when the
-        rest has been computed, and ``end`` when the claimed slots are free to be reused.
+        At least one token is always left to compute, so that its logits are known. Call ``commit`` when the rest
+        has been computed and ``finish`` at the end.
+
+        Args:
+            context: the tokens.
+            positions: the longest that the sequence will get; it must pass ``check``.
+
+        Returns:
+            ``None`` when the sequences that are running leave no room.
         """
-        placed: list[tuple[int, int] | None] = [None] * len(contexts)
-        sources: dict[int, int] = {}
-        for i, context in enumerate(contexts):
-            slot, shared = self.index.match(context)
-            if 0 < shared < len(context) and shared == self.index.length[slot] and slot not in self._claimed:
-                self._claimed.add(slot)
-                placed[i] = (slot, shared)
-            elif shared:
-                sources[i] = slot
-        for i, context in enumerate(contexts):
-            if placed[i] is None:
-                placed[i] = self._fork(context, set(sources.values()))
-                sources.pop(i, None)
-        return [place for place in placed if place is not None]
+        need = -(-positions // BLOCK)
+        if not self._room(need):
+            return None
+        ends, shared = self.tree.match(context)
+        usable = min(shared, len(context) - 1)
+        for sequence in ends:
+            if sequence not in self._running and usable == shared == self.kv.length[sequence]:
+                self._running[sequence] = need
+                return self._grow(sequence, context, usable)
+        source = ends[0] if ends and usable else None
+        keep = () if source is None else (source,)
+        try:
+            if source is None:
+                sequence = self._evicting(self.kv.new, keep)
+            else:
+                sequence = self._evicting(lambda: self.kv.fork(source, usable), keep)
+        except OutOfBlocks:
+            return self._shrink(source, context, usable, need)
+        self._running[sequence] = need
+        if usable < self._shared_tokens:
+            try:
+                self._evicting(lambda: self._apart(sequence), keep)
+            except OutOfBlocks:
+                self._abandon(sequence)
+                return self._shrink(source, context, usable, need)
+        return self._grow(sequence, context, usable, source)
 
-    def _fork(self, context: Tokens, sources: set[int]) -> tuple[int, int]:
-        source, shared = self.index.match(context)
-        shared = min(shared, len(context) - 1)
-        slot = self.index.victim(self._claimed, sources)
-        self._claimed.add(slot)
-        if slot != source:
-            self.index.clear([slot])
-            self.arena.copy(source, [slot], shared)
-        self.index.assign(slot, context[:shared])
-        return slot, shared
+    def _apart(self, sequence: int) -> None:
+        if self._striped:
+            self.kv.settle(sequence)
 
-    def commit(self, slots: Sequence[int], contexts: Sequence[Tokens]) -> None:
-        """Record that the claimed ``slots`` now hold ``contexts``."""
-        for slot, context in zip(slots, contexts, strict=True):
-            self.index.assign(slot, context)
+    def _grow(self, sequence: int, context: Tokens, usable: int, source: int | None = None) -> tuple[int, int] | None:
+        keep = () if source is None else (source,)
+        try:
+            self._append(np.array([sequence]), np.array([len(context) - usable]), keep)
+        except OutOfBlocks:
+            need = self._running[sequence]
+            if sequence in self.tree:
+                self.kv.trim(sequence, usable)
+                del self._running[sequence]
+                return None
+            self._abandon(sequence)
+            return self._shrink(source, context, usable, need)
+        return sequence, usable
 
-    def duplicate(self, slot: int, copies: int) -> list[int]:
-        """Claim ``copies`` more slots with the same sequence as ``slot``; return them."""
-        length = int(self.index.length[slot])
-        context = self.index.tokens[slot, :length].copy()
-        targets = []
-        for _ in range(copies):
-            target = self.index.victim(self._claimed)
-            self._claimed.add(target)
-            self.index.assign(target, context[:0])
-            targets.append(target)
-        self.arena.copy(slot, targets, length)
-        self.commit(targets, [context] * copies)
-        return targets
+    def _shrink(self, source: int | None, context: Tokens, usable: int, need: int) -> tuple[int, int] | None:
+        """Continue in the source itself, forgetting what follows the prefix: there is no room beside it."""
+        if source is None or source in self._running or source not in self.tree:
+            return None
+        self.tree.remove(source)
+        self.kv.trim(source, usable)
+        self._running[source] = need
+        try:
+            self._append(np.array([source]), np.array([len(context) - usable]))
+        except OutOfBlocks:
+            self._abandon(source)
+            return None
+        return source, usable
 
-    def gather(self, slots: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Exchange slots so that ``slots`` become neighbours; return their new numbers, in the same order.
+    def _abandon(self, sequence: int) -> None:
+        self._running.pop(sequence, None)
+        self.kv.free(sequence)
 
-        Neighbours are attended to through one view, without copying their keys. The window that already holds
-        most of them is filled from outside, so a batch that stays together is moved once.
-        """
-        ordered = np.sort(slots)
-        count = len(slots)
-        if (np.diff(ordered) != 1).sum() <= count // 16:
-            return slots
-        starts = np.minimum(ordered, self.index.slots - count)
-        inside = np.searchsorted(ordered, starts + count) - np.searchsorted(ordered, starts)
-        start = int(starts[inside.argmax()])
-        moving = [int(slot) for slot in ordered if not start <= slot < start + count]
-        holes = sorted(set(range(start, start + count)) - set(ordered.tolist()))
-        renamed = {slot: slot for slot in ordered.tolist()}
-        for slot, hole in zip(moving, holes, strict=True):
-            length = max(int(self.index.length[slot]), int(self.index.length[hole]))
-            self.arena.swap(slot, hole, length)
-            self.index.swap(slot, hole)
-            self._claimed.discard(slot)
-            self._claimed.add(hole)
-            renamed[slot] = hole
-        return np.array([renamed[slot] for slot in slots.tolist()], dtype=np.int64)
+    def append(self, sequences: NDArray[np.int64], counts: NDArray[np.int64] | None = None) -> None:
+        """Make room for more tokens in running sequences, by default one in each."""
+        self._append(sequences, np.ones_like(sequences) if counts is None else counts)
 
-    def end(self) -> None:
-        """Give up all claims; the sequences stay until they are evicted."""
-        self._claimed.clear()
+    def _append(self, sequences: NDArray[np.int64], counts: NDArray[np.int64], keep: Sequence[int] = ()) -> None:
+        targets = self.kv.length[sequences] + counts
+        self._evicting(lambda: self.kv.append(sequences, targets - self.kv.length[sequences]), keep)
+
+    def duplicate(self, sequence: int, positions: int) -> int | None:
+        """Return a running copy of a running sequence, or ``None`` when there is no room."""
+        need = -(-positions // BLOCK)
+        if not self._room(need):
+            return None
+        length = int(self.kv.length[sequence])
+        child = None
+        try:
+            child = self._evicting(lambda: self.kv.fork(sequence, length), ())
+            self._running[child] = need
+            whole = length < self._shared_tokens
+            self._evicting(lambda: self._apart(child) if whole else self.kv.detach(child), ())
+        except OutOfBlocks:
+            if child is not None:
+                self._abandon(child)
+            return None
+        return child
+
+    def commit(self, sequence: int, tokens: Tokens) -> None:
+        """Record that the keys and values of a sequence's ``tokens`` have been computed."""
+        if sequence in self.tree:
+            self.tree.extend(sequence, tokens)
+        else:
+            self.tree.insert(sequence, tokens)
+
+    def finish(self, sequence: int, tokens: Tokens) -> None:
+        """Give a sequence up: it stays, with ``tokens``, until it is evicted."""
+        self.kv.trim(sequence, len(tokens))
+        if len(tokens):
+            self.commit(sequence, tokens)
+            del self._running[sequence]
+            self._clock += 1
+            self._used[sequence] = self._clock
+        else:
+            if sequence in self.tree:
+                self.tree.remove(sequence)
+            self._abandon(sequence)
+
+    def order(self, sequences: NDArray[np.int64]) -> NDArray[np.intp]:
+        """Return the order in which sequences that write to neighbouring stripes are neighbours."""
+        return np.argsort(self.kv.home[sequences], kind="stable")
 
     def drop(self, prefixes: Sequence[Tokens] | None = None) -> None:
-        """Forget sequences that begin with one of ``prefixes``, or all."""
+        """Forget sequences that begin with one of ``prefixes``, or all; those that are running go on."""
         if prefixes is None:
-            self.index.clear()
+            for sequence in self.tree.below(np.empty(0, dtype=np.int32)):
+                if sequence not in self._running:
+                    self._evict(sequence)
             return
         for prefix in prefixes:
-            if len(prefix) <= self.index.capacity:
-                self.index.clear(np.flatnonzero((self.index.tokens[:, : len(prefix)] == prefix).all(axis=1)))
+            for sequence in self.tree.below(np.asarray(prefix, dtype=np.int32)):
+                if sequence not in self._running:
+                    self._evict(sequence)
+
+    def _evict(self, sequence: int) -> None:
+        self.tree.remove(sequence)
+        self.kv.free(sequence)
+
+    def _evicting(self, call: Callable[[], _T], keep: Sequence[int]) -> _T:
+        """Call until it finds room, evicting one sequence after the other.
+
+        Raises:
+            OutOfBlocks: nothing is left to evict.
+        """
+        while True:
+            try:
+                return call()
+            except OutOfBlocks:
+                idle = [s for s in self.tree if s not in self._running and s not in keep]
+                if not idle:
+                    raise
+                self._evict(min(idle, key=lambda s: int(self._used[s])))
+
+    def _room(self, need: int) -> bool:
+        """Whether one more sequence of ``need`` blocks can run; stripes are made longer where that takes it."""
+        if len(self._running) >= self._max_sequences:
+            return False
+        if not self._striped:
+            # One more for each: a fork's copy of a block that is not full.
+            return sum(self._running.values()) + len(self._running) + need <= self._blocks
+        if need <= self.kv.stripe:
+            return True
+        wanted = max(need, self.kv.stripe * 3 // 2)
+        step = _CAPACITY_STEP // BLOCK
+        stripe = max(need, min(-(-wanted // step) * step, self._blocks))
+        stripes = self._stripes(stripe)
+        while self.kv.occupied > stripes:
+            idle = [s for s in self.tree if s not in self._running]
+            if not idle:
+                return False
+            self._evict(min(idle, key=lambda s: int(self._used[s])))
+        self.kv.widen(stripe, stripes)
+        return True

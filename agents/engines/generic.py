@@ -1,14 +1,14 @@
-"""The forward pass of any causal language model of transformers over slots of cached keys and values.
+"""The forward pass of any causal language model of transformers over the cache's blocks.
 
 - ``Runner``: what the engine asks of a forward pass.
-- ``evaluating``: a module in evaluation mode for a while.
-- ``GenericRunner``: calls the model's own ``forward`` with a cache assembled from the slots.
+- ``evaluating``: modules in evaluation mode for a while.
+- ``GenericRunner``: calls the model's own ``forward`` with a cache gathered from the blocks.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ...errors import UsageError
-from .arena import KVArena, LayerShape
+from ...kernels.paged import LayerShape, PagedKV
+
+Array = NDArray[np.int64]
 
 
 class Runner(Protocol):
-    """A model's forward pass over slots; see ``LlamaRunner.forward`` for the arguments."""
+    """A model's forward pass over cached sequences; see ``LlamaRunner.forward`` for the arguments."""
 
     layers: Sequence[LayerShape]
 
@@ -31,22 +33,17 @@ class Runner(Protocol):
         """Take note that the module's weights have changed."""
         ...
 
-    def forward(
-        self,
-        arena: KVArena,
-        slots: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        tokens: Sequence[NDArray[np.integer[Any]]],
-    ) -> Tensor:
-        """Append tokens to slots and return the logits [n, V] of each row's last token."""
+    def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
+        """Append tokens to sequences and return the logits [n, V] of each one's last token."""
         ...
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Switch dropout off inside the block; every submodule gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Switch dropout off inside the block; each of ``modules`` gets its own mode back."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
@@ -78,7 +75,7 @@ class GenericRunner:
     def _probe(self) -> list[LayerShape]:
         cache = DynamicCache()
         device = next(self._model.parameters()).device
-        with torch.inference_mode(), evaluating(self._model):
+        with torch.inference_mode(), evaluating(self._model.modules()):
             self._model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
         shapes = []
         for layer in cache.layers:
@@ -96,28 +93,27 @@ class GenericRunner:
     def refresh(self) -> None:
         """Nothing to do: the module itself computes."""
 
-    def forward(
-        self,
-        arena: KVArena,
-        slots: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        tokens: Sequence[NDArray[np.integer[Any]]],
-    ) -> Tensor:
-        """Append ``tokens[i]`` to slot ``slots[i]`` at position ``starts[i]``; return logits of each last token."""
-        if not self._padded and len(slots) > 1:
-            rows = [slice(i, i + 1) for i in range(len(slots))]
-            return torch.cat([self.forward(arena, slots[i], starts[i], tokens[i]) for i in rows])
-        device = arena.keys[0].device
-        counts = np.array([len(row) for row in tokens], dtype=np.int64)
+    def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
+        """Append ``counts[i]`` tokens to ``sequences[i]`` at ``starts[i]``; return logits of each one's last token."""
+        if not self._padded and len(sequences) > 1:
+            ends = counts.cumsum()
+            parts = []
+            for i, end in enumerate(ends.tolist()):
+                row = slice(i, i + 1)
+                own = tokens[end - int(counts[i]) : end]
+                parts.append(self.forward(kv, sequences[row], starts[row], counts[row], own))
+            return torch.cat(parts)
+        device = kv.device
         past, new = int(starts.max()), int(counts.max())
-        where = torch.from_numpy(slots).to(device)
         cache = DynamicCache()
         if past:
-            for number, (keys, values) in enumerate(zip(arena.keys, arena.values, strict=True)):
-                cache.update(keys[where, :, :past], values[where, :, :past], number)
-        ids = np.zeros((len(slots), new), dtype=np.int64)
+            places = kv.addresses(sequences[:, None], np.minimum(np.arange(past), np.maximum(starts - 1, 0)[:, None]))
+            stripe, offset = self._where(kv, np.where(starts[:, None] > 0, places, 0))
+            for number, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
+                cache.update(keys[stripe, :, offset].transpose(1, 2), values[stripe, :, offset].transpose(1, 2), number)
+        ids = np.zeros((len(sequences), new), dtype=np.int64)
         real = np.arange(new) < counts[:, None]
-        ids[real] = np.concatenate(tokens)
+        ids[real] = tokens
         seen = np.concatenate((np.arange(past) < starts[:, None], real), axis=1).astype(np.int64)
         positions = starts[:, None] + np.minimum(np.arange(new), counts[:, None] - 1)
         ends, picked = np.unique(counts - 1, return_inverse=True)
@@ -130,10 +126,16 @@ class GenericRunner:
         }
         given = {k: torch.from_numpy(v).to(device) for k, v in inputs.items() if k in self._accepts}
         logits = self._model(**given, past_key_values=cache, use_cache=True).logits
+        stripe, offset = self._where(kv, kv.addresses(np.repeat(sequences, counts), positions[real]))
+        inside = torch.from_numpy(real).to(device)
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
-            for i, (slot, start, count) in enumerate(zip(slots, starts, counts, strict=True)):
-                arena.keys[number][slot, :, start : start + count] = layer.keys[i, :, past : past + count]
-                arena.values[number][slot, :, start : start + count] = layer.values[i, :, past : past + count]
+            kv.keys[number][stripe, :, offset] = layer.keys[:, :, past:].transpose(1, 2)[inside]
+            kv.values[number][stripe, :, offset] = layer.values[:, :, past:].transpose(1, 2)[inside]
         chosen = picked if "logits_to_keep" in self._accepts else counts - 1
-        return logits[torch.arange(len(slots), device=device), torch.from_numpy(chosen).to(device)]
+        return logits[torch.arange(len(sequences), device=device), torch.from_numpy(chosen).to(device)]
+
+    @staticmethod
+    def _where(kv: PagedKV, places: Array) -> tuple[Tensor, Tensor]:
+        stripe, offset = np.divmod(places, kv.stripe * kv.block)
+        return torch.from_numpy(stripe).to(kv.device), torch.from_numpy(offset).to(kv.device)

@@ -1,4 +1,4 @@
-"""The forward pass of Llama-type models over slots of cached keys and values.
+"""The forward pass of Llama-type models over the cache's blocks.
 
 - ``LlamaRunner``: ragged prefill and decode for Llama, Qwen2 and Qwen3 models of transformers.
 """
@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .arena import KVArena, LayerShape
+from ...kernels.linear import linear
+from ...kernels.paged import LayerShape, PagedKV
+from .attention import Attention, BlockAttention, StripedAttention
+from .generic import Array
+from .graphs import Decoder
 
 _MODELS = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-
-_CALL_COST_CPU = 2000
-"""What one more attention call costs, in query-key pairs: about 20 microseconds on one core."""
-_CALL_COST_GPU = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -40,25 +39,8 @@ class _Layer:
     down_bias: Tensor | None
 
 
-class _Run(NamedTuple):
-    """Rows in neighbouring slots that one attention call serves.
-
-    Queries are tokens ``first`` to ``last`` of the packed batch, ``width`` per row after padding.
-    """
-
-    first: int
-    last: int
-    rows: int
-    slot: int
-    width: int
-    length: int
-    pad: Tensor | None
-    """Where the run's tokens stand among rows x width; ``None`` when no row is padded."""
-    mask: Tensor | None
-
-
 class LlamaRunner:
-    """Runs the module's weights with fused projections; keys are written into the arena in place.
+    """Runs the module's weights with fused projections; keys are written into the cache in place.
 
     Tokens of all rows are packed without padding through the linear layers. In a prefill the last block and the
     head see only the last token of each row. Rotary pairs are stored side by side (rows of the query and key
@@ -78,7 +60,9 @@ class LlamaRunner:
         shape = LayerShape(self._key_heads, self._size, self._size)
         self.layers: Sequence[LayerShape] = [shape] * config.num_hidden_layers
         self._blocks: list[_Layer] = []
+        self._positions = config.max_position_embeddings
         self._rotation = torch.empty(0)
+        self._decoder = Decoder(self._compute, self._written)
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -112,6 +96,8 @@ class LlamaRunner:
         def norm(module: Any) -> Tensor | None:
             return None if module is None else module.weight.detach()[pairs.to(module.weight.device)]
 
+        self._decoder.forget()
+        self._rotation = self._rotations(self._positions, self._model.model.embed_tokens.weight.device)
         self._blocks = []
         for block in self._model.model.layers:
             attention, mlp = block.self_attn, block.mlp
@@ -126,74 +112,105 @@ class LlamaRunner:
                     qkv_bias=joined(q_bias, k_bias, v.bias),
                     q_norm=norm(getattr(attention, "q_norm", None)),
                     k_norm=norm(getattr(attention, "k_norm", None)),
-                    out=attention.o_proj.weight.detach().t(),
+                    out=attention.o_proj.weight.detach(),
                     out_bias=attention.o_proj.bias,
                     gate_up=gate_up * block.post_attention_layernorm.weight,
                     gate_up_bias=joined(mlp.gate_proj.bias, mlp.up_proj.bias),
-                    down=mlp.down_proj.weight.detach().t(),
+                    down=mlp.down_proj.weight.detach(),
                     down_bias=mlp.down_proj.bias,
                 )
             )
 
-    def forward(
-        self,
-        arena: KVArena,
-        slots: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        tokens: Sequence[NDArray[np.integer[Any]]],
-    ) -> Tensor:
-        """Append ``tokens[i]`` to slot ``slots[i]`` at position ``starts[i]``; return logits of each last token.
+    def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
+        """Append tokens to sequences that have room for them; return the logits of each sequence's last token.
 
         Args:
-            arena: holds the keys and values of positions below ``starts``; receives those of the new tokens.
-            slots: int64[n], strictly ascending.
+            kv: holds the keys and values of positions below ``starts``; receives those of the new tokens.
+            sequences: int64[n], ordered by the stripes that they write to.
             starts: int64[n].
-            tokens: n vectors of at least one token each.
+            counts: int64[n], at least one new token each.
+            tokens: int64[sum of counts].
 
         Returns:
             [n, V] in the model's type.
         """
-        weight = self._model.model.embed_tokens.weight
-        device = weight.device
-        counts = np.array([len(row) for row in tokens], dtype=np.int64)
+        if kv.stripe > 1:
+            plan = StripedAttention(kv, sequences, starts, counts)
+            last = plan
+            if len(tokens) > len(counts):
+                last = StripedAttention(kv, sequences, starts + counts - 1, np.ones_like(counts))
+            return self._packed(kv, sequences, starts, counts, tokens, plan, last)
+        single, several = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
         ends = counts.cumsum()
-        rows = np.repeat(np.arange(len(counts)), counts)
+        logits = []
+        if len(single):
+            logits.append(self._decoder.run(kv, sequences[single], starts[single], tokens[ends[single] - 1]))
+        if len(several):
+            rows = sequences[several], starts[several], counts[several]
+            last_rows = sequences[several], (starts + counts - 1)[several], np.ones_like(several)
+            read = np.repeat(counts > 1, counts)
+            plans = BlockAttention(kv, *rows), BlockAttention(kv, *last_rows)
+            logits.append(self._packed(kv, *rows, tokens[read], *plans))
+        both = torch.cat(logits)
+        order = np.argsort(np.concatenate((single, several)))
+        return both[torch.from_numpy(order).to(both.device)]
+
+    def _packed(
+        self,
+        kv: PagedKV,
+        sequences: Array,
+        starts: Array,
+        counts: Array,
+        tokens: Array,
+        attend: Attention,
+        attend_last: Attention,
+    ) -> Tensor:
+        ends = counts.cumsum()
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
-        heads = np.arange(self._key_heads)
-        write = (slots[rows, None] * self._key_heads + heads) * arena.capacity + positions[:, None]
-        written = torch.from_numpy(write.ravel()).to(device)
-        rotation = self._rotations(arena.capacity, device)[torch.from_numpy(positions).to(device)][:, None]
-        runs = self._runs(slots, starts, counts, device, weight.dtype)
-        last = torch.from_numpy(ends - 1).to(device)
-        last_runs = runs
+        places = kv.addresses(np.repeat(sequences, counts), positions)
+        last = None
         if ends[-1] > len(counts):
-            last_runs = self._runs(slots, starts + counts - 1, np.ones_like(counts), device, weight.dtype)
+            last = torch.from_numpy(ends - 1).to(kv.device)
+        written = torch.from_numpy(self._written(kv, places)).to(kv.device)
+        ids, where = torch.from_numpy(tokens).to(kv.device), torch.from_numpy(positions).to(kv.device)
+        return self._compute(kv, ids, where, written, attend, attend_last, last)
 
-        packed = torch.from_numpy(np.concatenate(tokens).astype(np.int64)).to(device)
-        x = F.embedding(packed, weight)
+    def _written(self, kv: PagedKV, places: Array) -> Array:
+        """Rows of the key tensors seen as [stripes x heads x positions, D] that hold the tokens at ``places``."""
+        span = kv.stripe * kv.block
+        stripes, offsets = np.divmod(places, span)
+        return ((stripes[:, None] * self._key_heads + np.arange(self._key_heads)) * span + offsets[:, None]).ravel()
+
+    def _compute(
+        self,
+        kv: PagedKV,
+        ids: Tensor,
+        positions: Tensor,
+        written: Tensor,
+        attend: Attention,
+        attend_last: Attention,
+        last: Tensor | None,
+    ) -> Tensor:
+        """The arithmetic of a pass: int64[T] token ids and positions to the logits of ``last``, of all where None."""
+        x = F.embedding(ids, self._model.model.embed_tokens.weight)
+        rotation = self._rotation[positions][:, None]
         for number, block in enumerate(self._blocks):
-            query = self._project(block, x, rotation, written, arena.keys[number], arena.values[number])
-            used = runs
-            if number + 1 == len(self._blocks) and last_runs is not runs:
-                x, query, used = x[last], query[last], last_runs
-            mixed = self._attend(query, used, arena.keys[number], arena.values[number])
-            x = torch.addmm(x, mixed, block.out)
-            if block.out_bias is not None:
-                x = x + block.out_bias
-            inner = F.linear(F.rms_norm(x, x.shape[-1:], None, self._eps), block.gate_up, block.gate_up_bias)
-            x = torch.addmm(x, F.silu(inner[:, : self._inner]).mul_(inner[:, self._inner :]), block.down)
-            if block.down_bias is not None:
-                x = x + block.down_bias
-        return self._model.lm_head(F.rms_norm(x, x.shape[-1:], self._model.model.norm.weight, self._eps))
+            query = self._project(block, x, rotation, written, kv.keys[number], kv.values[number])
+            used = attend
+            if number + 1 == len(self._blocks) and last is not None:
+                x, query, used = x[last], query[last], attend_last
+            x = x + linear(used(number, query), block.out, block.out_bias)
+            inner = linear(F.rms_norm(x, x.shape[-1:], None, self._eps), block.gate_up, block.gate_up_bias)
+            x = x + linear(F.silu(inner[:, : self._inner]).mul_(inner[:, self._inner :]), block.down, block.down_bias)
+        head, norm = self._model.lm_head, self._model.model.norm.weight
+        return linear(F.rms_norm(x, x.shape[-1:], norm, self._eps), head.weight, head.bias)
 
-    def _rotations(self, capacity: int, device: torch.device) -> Tensor:
+    def _rotations(self, positions: int, device: torch.device) -> Tensor:
         """exp(i position x frequency) as the model's own rotary module gives it, complex64[positions, D / 2]."""
-        if len(self._rotation) < capacity or self._rotation.device != device:
-            positions = torch.arange(capacity, device=device)[None]
-            cos, sin = self._model.model.rotary_emb(torch.zeros(1, device=device), positions)
-            half = self._size // 2
-            self._rotation = torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
-        return self._rotation
+        where = torch.arange(positions, device=device)[None]
+        cos, sin = self._model.model.rotary_emb(torch.zeros(1, device=device), where)
+        half = self._size // 2
+        return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
 
     def _project(
         self, block: _Layer, x: Tensor, rotation: Tensor, written: Tensor, keys: Tensor, values: Tensor
@@ -201,7 +218,7 @@ class LlamaRunner:
         """Write keys and values of x [T, H] into the arena; return the rotated queries [T, heads, D]."""
         normed = F.rms_norm(x, x.shape[-1:], None, self._eps)
         both = self._query_heads + self._key_heads
-        qkv = F.linear(normed, block.qkv, block.qkv_bias).unflatten(1, (both + self._key_heads, self._size))
+        qkv = linear(normed, block.qkv, block.qkv_bias).unflatten(1, (both + self._key_heads, self._size))
         qk = qkv[:, :both]
         if block.q_norm is not None and block.k_norm is not None:
             q = F.rms_norm(qk[:, : self._query_heads], (self._size,), block.q_norm, self._eps)
@@ -212,66 +229,3 @@ class LlamaRunner:
         keys.view(-1, self._size).index_copy_(0, written, qk[:, self._query_heads :].reshape(-1, self._size))
         values.view(-1, self._size).index_copy_(0, written, qkv[:, both:].reshape(-1, self._size))
         return qk[:, : self._query_heads]
-
-    def _attend(self, query: Tensor, runs: Sequence[_Run], keys: Tensor, values: Tensor) -> Tensor:
-        """Attention of query [T, heads, D] over the slots' keys; returns [T, heads x D]."""
-        width = self._query_heads * self._size
-        out = query.new_empty(len(query), width)
-        for run in runs:
-            k = keys[run.slot : run.slot + run.rows, :, : run.length]
-            v = values[run.slot : run.slot + run.rows, :, : run.length]
-            q = query[run.first : run.last]
-            if run.width == 1:
-                # The query heads of one key head stand as its query positions: keys are read once.
-                q = q.reshape(run.rows, self._key_heads, -1, self._size)
-                mask = None if run.mask is None else run.mask.expand(-1, -1, q.shape[2], -1)
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-                out[run.first : run.last] = mixed.reshape(run.rows, width)
-                continue
-            if run.pad is not None:
-                padded = q.new_zeros(run.rows * run.width, self._query_heads, self._size)
-                q = padded.index_copy_(0, run.pad, q)
-            q = q.reshape(run.rows, run.width, self._query_heads, self._size).transpose(1, 2)
-            grouped = self._query_heads != self._key_heads
-            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=run.mask, enable_gqa=grouped)
-            mixed = mixed.transpose(1, 2).reshape(run.rows * run.width, width)
-            out[run.first : run.last] = mixed if run.pad is None else mixed[run.pad]
-        return out
-
-    def _runs(
-        self,
-        slots: NDArray[np.int64],
-        starts: NDArray[np.int64],
-        counts: NDArray[np.int64],
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> list[_Run]:
-        """Split the rows into attention calls: a row joins its neighbour's call unless padding costs more."""
-        call_cost = _CALL_COST_CPU if device.type == "cpu" else _CALL_COST_GPU
-        lengths = starts + counts
-        firsts = [0]
-        width = length = area = 0
-        for row, (count, reach) in enumerate(zip(counts.tolist(), lengths.tolist(), strict=True)):
-            wide, long = max(width, count), max(length, reach)
-            joined = (row - firsts[-1] + 1) * wide * long
-            adjacent = row > 0 and slots[row] == slots[row - 1] + 1
-            if row > firsts[-1] and not (adjacent and joined - area - count * reach <= call_cost):
-                firsts.append(row)
-                wide, long, joined = count, reach, count * reach
-            width, length, area = wide, long, joined
-        ends = counts.cumsum()
-        runs = []
-        for first, last in zip(firsts, [*firsts[1:], len(counts)], strict=True):
-            width, length = int(counts[first:last].max()), int(lengths[first:last].max())
-            positions = starts[first:last, None] + np.arange(width)
-            pad = mask = None
-            if (counts[first:last] != width).any():
-                inside = np.arange(width) < counts[first:last, None]
-                pad = torch.from_numpy(np.flatnonzero(inside)).to(device)
-            if width > 1 or (lengths[first:last] != length).any():
-                hidden = np.arange(length) > positions[:, None, :, None]
-                mask = torch.from_numpy(np.where(hidden, np.float32(-np.inf), np.float32(0)))
-                mask = mask.to(device=device, dtype=dtype)
-            start = int(ends[first] - counts[first])
-            runs.append(_Run(start, int(ends[last - 1]), last - first, int(slots[first]), width, length, pad, mask))
-        return runs

@@ -9,14 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentropy.agents.branching import EntropyBranching, global_share
-from agentropy.agents.engines.base import SamplingParams
-from agentropy.agents.formats import PlainFormat
-from agentropy.agents.policies import EnginePolicy, ExpertPolicy
+from agentropy.agents.policies import ExpertPolicy
 from agentropy.agents.rollout import RolloutTask, rollout
-from agentropy.agents.tokenizer import END
 from agentropy.errors import UsageError
 
-from .inline import TOKENIZER, BabblingEngine, Corridor, InlinePool, act_seed
+from .inline import FORMAT, Corridor, InlinePool, LatePool, act_seed, babbler, plainly
 
 ARPO_CODE = {"rule": "bernoulli", "scale": "log_vocab", "align": False, "lookahead": False, "root": "slot"}
 AEPO_CODE = ARPO_CODE | {"rule": "reversed", "penalty": 0.05, "penalty_scope": "group", "separate_draws": True}
@@ -30,13 +27,11 @@ KINDS = {
 }
 
 
-def branch(tasks, branching, *, slots=None, shuffle=0, **options):
-    format = PlainFormat(TOKENIZER)
-    engine = BabblingEngine(len(TOKENIZER), TOKENIZER.convert_tokens_to_ids(END))
-    policy = EnginePolicy(engine, format, SamplingParams(), max_action_tokens=4)
-    pool = InlinePool(slots or sum(task.group_size for task in tasks), shuffle)
+def branch(tasks, branching, *, slots=None, shuffle=0, pool=InlinePool, loop=rollout, engine=None, **options):
+    policy = babbler(**engine or {})
+    worlds = pool(slots or sum(task.group_size for task in tasks), shuffle)
     options = {"split": "train", "max_context_tokens": 400, "branching": branching} | options
-    return rollout(policy, pool, format, tasks, **options), engine, pool
+    return loop(policy, worlds, FORMAT, tasks, **options), policy.engine, worlds
 
 
 def dumped(trees):
@@ -87,7 +82,7 @@ def test_every_group_has_exactly_its_size_and_every_fork_is_a_true_copy(
             for node in said:
                 if task.task == "crashing" and node.turn == 2:
                     break
-                answer = world.answer(0, PlainFormat(TOKENIZER).parse(node.tokens.tolist(), {}).command)
+                answer = world.answer(0, FORMAT.parse(node.tokens.tolist(), {}).command)
                 assert node.reward == answer.reward
                 reward += answer.reward
             else:
@@ -127,6 +122,47 @@ def test_a_tree_is_the_same_alone_and_in_a_batch_whatever_the_pool(kind, mode):
         assert dumped(branch(tasks, made, slots=slots, shuffle=slots, context=mode)[0]) == dumped(together)
 
 
+@settings(deadline=None, max_examples=60)
+@given(
+    sizes=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    spare=st.integers(0, 12),
+    seed=st.integers(0, 2**40),
+    kind=st.sampled_from(sorted(KINDS)),
+    mode=st.sampled_from(["full", "window"]),
+    limit=st.integers(30, 120),
+    lag=st.integers(1, 3),
+    engine=st.fixed_dictionaries({"rows": st.integers(1, 9), "shuffle": st.integers(0, 9)}),
+)
+def test_forks_are_those_of_the_plainest_loop(sizes, spare, seed, kind, mode, limit, lag, engine):
+    names = ["crashing" if n == 1 else f"task-{n}" for n in range(len(sizes))]
+    tasks = [RolloutTask(name, size, seed + n) for n, (name, size) in enumerate(zip(names, sizes, strict=True))]
+    options = {"slots": max(sizes) + spare, "context": mode, "max_context_tokens": limit}
+    made, plain = EntropyBranching(**KINDS[kind]), EntropyBranching(**KINDS[kind])
+    trees, *_ = branch(tasks, made, lag=lag, engine=engine, shuffle=seed, **options)
+    assert dumped(trees) == dumped(branch(tasks, plain, loop=plainly, **options)[0])
+    assert made.state_dict() == plain.state_dict()
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_forks_do_not_depend_on_when_worlds_answer(kind):
+    tasks = [RolloutTask(f"task-{n}", size, n) for n, size in enumerate((6, 3, 5, 4))]
+    seen = []
+    for shuffle, pool in ((0, InlinePool), (1, LatePool), (2, LatePool)):
+        trees, engine, _ = branch(tasks, EntropyBranching(**KINDS[kind]), slots=9, shuffle=shuffle, pool=pool)
+        seen.append((dumped(trees), engine.steps, engine.released))
+    assert seen[1] == seen[0] and seen[2] == seen[0]
+
+
+def test_groups_do_not_wait_for_each_other():
+    """The members of a group act together, so that its row of steps is that of the group alone."""
+    tasks = [RolloutTask(f"task-{n}", 4, n) for n in range(3)]
+    _, together, _ = branch(tasks, EntropyBranching(), engine={"max_action_tokens": 12})
+    for task in tasks:
+        _, alone, _ = branch([task], EntropyBranching(), engine={"max_action_tokens": 12})
+        mine = [[seed for seed in seeds if seed in alone.heard] for seeds in together.steps]
+        assert [seeds for seeds in mine if seeds] == alone.steps
+
+
 def test_groups_of_initial_episodes_alone_are_independent_episodes_bit_for_bit():
     tasks = [RolloutTask(f"task-{n}", 4, n) for n in range(3)]
     whole, *_ = branch(tasks, EntropyBranching(rule="bernoulli", alpha=1.0, initial=4))
@@ -139,10 +175,10 @@ def test_groups_of_initial_episodes_alone_are_independent_episodes_bit_for_bit()
         assert not any("branching" in t.info for t in one.trajectories)
 
 
-def test_the_cohort_stays_full_while_branches_run():
+def test_the_group_is_soon_at_its_full_width():
     """A group of eight that begins with one and forks at every chance is at its full width after three rounds."""
     made = EntropyBranching(rule="bernoulli", alpha=1.0, beta=0.0, initial=1)
-    _, engine, _ = branch([RolloutTask(f"task-{n}", 8, n) for n in range(2)], made)
+    _, engine, _ = branch([RolloutTask("task", 8, 0)], made)
     widths = [len(batch) for batch in engine.batches]
     assert widths[0] == 1 and max(widths) == 8
     made = EntropyBranching(rule="bernoulli", alpha=1.0, beta=0.0, initial=1, branches=7)
@@ -320,6 +356,15 @@ def test_the_probe_is_played_and_thrown_away():
     assert not any(np.array_equal(node.entropies, first) for node in tree.nodes)
 
 
+def test_the_probe_counts_as_no_episode():
+    reports = []
+    branch(
+        [RolloutTask("task", 4, 0), RolloutTask("task", 4, 1)], EntropyBranching(monitor=True), progress=reports.append
+    )
+    assert {report.total for report in reports} == {8} and reports[-1].episodes == 8
+    assert reports[0].episodes == 0
+
+
 def test_what_the_probe_saw_sets_the_split():
     for root, later, count in (([4.0], [0.0], 14), ([0.0], [4.0], 2), ([1.0], [1.0], 8)):
         made = group(monitor=True, size=16)
@@ -367,9 +412,9 @@ def test_what_cannot_branch_is_refused_before_anything_is_played():
         branch(tasks, EntropyBranching(), slots=4)
     with pytest.raises(UsageError, match="ExpertPolicy has no entropies"):
         rollout(
-            ExpertPolicy(PlainFormat(TOKENIZER)),
+            ExpertPolicy(FORMAT),
             InlinePool(6),
-            PlainFormat(TOKENIZER),
+            FORMAT,
             tasks,
             split="train",
             max_context_tokens=400,

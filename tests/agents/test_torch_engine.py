@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,6 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -28,7 +29,7 @@ from transformers import (
 
 from agentropy.agents.engines import Completion, Engine, Request, SamplingParams, StopReason
 from agentropy.agents.engines.llama import LlamaRunner
-from agentropy.agents.engines.slots import SlotIndex, common_prefixes
+from agentropy.agents.engines.radix import RadixTree
 from agentropy.agents.engines.torch_engine import TorchEngine
 from agentropy.agents.messages import ParsedAction
 from agentropy.agents.policies import Context
@@ -89,8 +90,14 @@ def _neox() -> PreTrainedModel:
     )
 
 
+def _gemma3() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {name: size for name, size in SIZES.items() if name != "initializer_range"}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, head_dim=16, sliding_window=24, layer_types=kinds))
+
+
 FUSED = {"llama": _llama, "llama3": _llama3, "qwen2": _qwen2, "qwen3": _qwen3}
-GENERIC = {"mistral": _mistral, "gpt2": _gpt2, "neox": _neox}
+GENERIC = {"mistral": _mistral, "gpt2": _gpt2, "neox": _neox, "gemma3": _gemma3}
 
 
 def build(make: Callable[[], PreTrainedModel], seed: int = 0) -> PreTrainedModel:
@@ -550,32 +557,45 @@ def test_tokens_outside_the_vocabulary_are_refused(llama: PreTrainedModel) -> No
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=8).map(lambda t: np.array(t, dtype=np.int32))
 
 
-@given(st.lists(tokens, min_size=1, max_size=6), tokens)
-def test_the_index_finds_the_longest_prefix(held: list[np.ndarray], context: np.ndarray) -> None:
+@given(st.lists(tokens, min_size=1, max_size=6), tokens, st.data())
+def test_the_index_finds_the_longest_prefix(held: list[np.ndarray], context: np.ndarray, data: st.DataObject) -> None:
     def shared(a: np.ndarray, b: np.ndarray) -> int:
         return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    index = SlotIndex(len(held), 8)
-    for slot, sequence in enumerate(held):
-        index.assign(slot, np.zeros(8, dtype=np.int32))
-        index.assign(slot, sequence)
-    slot, length = index.match(context)
-    assert length == max(shared(sequence, context) for sequence in held)
-    assert not length or shared(held[slot], context) == length
-    ordered = sorted(held, key=lambda t: t.astype(">i4").tobytes())
-    expected = [0, *(shared(a, b) for a, b in pairwise(ordered))]
-    assert common_prefixes(ordered).tolist() == expected
+    tree = RadixTree()
+    for number, sequence in enumerate(held):
+        # Half of them are entered short and extended, as a running request is.
+        cut = data.draw(st.integers(1, len(sequence)))
+        tree.insert(number, sequence[:cut])
+        tree.extend(number, sequence)
+    alive = dict(enumerate(held))
+    for number in data.draw(st.sets(st.sampled_from(range(len(held))))):
+        tree.remove(number)
+        del alive[number]
+    found, length = tree.match(context)
+    assert length == max((shared(sequence, context) for sequence in alive.values()), default=0)
+    assert bool(found) == bool(length)
+    assert all(shared(alive[number], context) == length for number in found)
+    exact = [n for n, sequence in alive.items() if len(sequence) == length and shared(sequence, context) == length]
+    assert not exact or sorted(found) == exact
+    assert sorted(tree.below(context)) == [
+        n for n, sequence in alive.items() if shared(sequence, context) == len(context)
+    ]
+    assert sorted(tree) == sorted(alive) and len(tree) == len(alive)
+    for number, sequence in alive.items():
+        assert tree.tokens(number).tolist() == sequence.tolist() and tree.length(number) == len(sequence)
 
 
-def test_the_index_evicts_the_least_recently_used() -> None:
-    index = SlotIndex(3, 4)
-    for slot in range(3):
-        index.assign(slot, np.array([slot], dtype=np.int32))
-    index.touch([0])
-    assert index.victim(keep=()) == 1
-    assert index.victim(keep=(1,)) == 2
-    assert index.victim(keep=(1, 2)) == 0
-    assert index.victim(keep=(2,), spare=(1,)) == 0
-    assert index.victim(keep=(0, 2), spare=(1,)) == 1
-    with pytest.raises(ValueError):
-        index.victim(keep=(0, 1, 2))
+def test_the_cache_evicts_the_least_recently_used(llama: PreTrainedModel) -> None:
+    engine = TorchEngine(llama, max_batch=1, cache_tokens=64 * 16)
+    first, second, third, fourth, fifth = requests(contexts(5), max_tokens=1)
+    for request in (first, second, third, fourth):
+        engine.generate([request], SamplingParams())
+    assert engine.generate([first], SamplingParams())[0].cached_tokens
+    engine.release([first.tokens])
+    engine.generate([fifth], SamplingParams())
+    engine.generate([first], SamplingParams())
+    # There is room for four: of second to fifth, second was used longest ago.
+    assert engine.generate([fifth], SamplingParams())[0].cached_tokens == len(fifth.tokens) - 1
+    held = [engine.cache.tree.tokens(number)[: len(second.tokens)].tolist() for number in engine.cache.tree]
+    assert second.tokens.tolist() not in held
