@@ -113,7 +113,7 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
     bfcl = actions.add_parser("bfcl", help="fetch BFCL's tasks and simulators, once, and say where they are")
     bfcl.set_defaults(run=_bfcl)
 
-    served = commands.add_parser("serve", help="serve environments or a retriever over HTTP")
+    served = commands.add_parser("serve", help="serve environments, a model or a retriever over HTTP")
     if serving:
         _servers(served)
 
@@ -136,12 +136,14 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
 
 def _servers(parser: argparse.ArgumentParser) -> None:
     """Add what can be served; only then is it imported, since Gymnasium alone takes longer than all other commands."""
+    from .agents import model_command as model
     from .envs.search import server as retriever
     from .envs.serve import command as envs
 
     servers = parser.add_subparsers(title="what", metavar="WHAT", required=True)
     for name, module, help in (
         ("envs", envs, "environments for remote trainers, as agentropy/Remote-v0 plays them"),
+        ("model", model, "a checkpoint, for this trainer and any client of OpenAI's interface"),
         ("retriever", retriever, "a retriever of passages, for the search environment and others"),
     ):
         server = servers.add_parser(name, help=help)
