@@ -153,6 +153,23 @@ class AgentConfig(Section):
     probable tokens and the sampled one."""
 
 
+class EngineConfig(Section):
+    """What generates tokens."""
+
+    type: Literal["torch", "vllm", "http"] = "torch"
+    """``torch``: built in, in this process. ``vllm``: in this process too, from the package of that name. ``http``: a
+    server that speaks OpenAI's interface, named by ``options.url``."""
+    dtype: Literal["model", "float32", "bfloat16"] = "model"
+    """Type of the weights that sample; that of the weights that are trained by default."""
+    options: dict[str, Any] = {}
+    """Further arguments of the engine's constructor, such as ``cache_tokens`` of the built-in one."""
+    correction: Literal["auto", "none", "truncate", "mask"] = "auto"
+    """What is done where the engine's probabilities differ from the learner's: importance weights, truncated (TIS) or
+    masked (MIS) at ``cap``. ``auto``: truncated for engines whose probabilities are not exact, none for others."""
+    cap: float = Field(2.0, gt=0)
+    """Largest importance weight of a token."""
+
+
 class SftConfig(Section):
     tasks: int = Field(1600, ge=0)
     """Training tasks that the expert plays; 0 switches the warm start off."""
@@ -208,7 +225,17 @@ class TrainConfig(Section):
     minibatches: int = Field(4, ge=1)
     """Optimiser steps in a pass."""
     micro_batch_tokens: int = Field(4096, ge=64)
-    """Padded tokens in one forward pass; changes memory and speed, never the result's mathematics."""
+    """Tokens in one forward pass; changes memory and speed, never the result's mathematics."""
+    unique_tokens: bool = True
+    """Compute a prefix that episodes share once; the gradient is the same to rounding."""
+    workers: int | None = Field(None, ge=1)
+    """Threads that share an update, each with passes of its own. When unset: ``threads`` for models of at most 20 M
+    parameters on the CPU, whose matrices are too small to be shared, else 1."""
+    shuffle: Literal["auto", "rows", "groups"] = "auto"
+    """What is dealt out to minibatches: episodes, or whole groups, so that branches meet their prefix. ``auto``: groups
+    where rollouts fork, else episodes."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products of the update; weights and optimiser state keep their own type."""
     checkpoint_every: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     save_trajectories: bool = True
@@ -238,6 +265,7 @@ class RunConfig(Section):
     env: EnvConfig = EnvConfig()
     model: ModelConfig = SmallModelConfig()
     agent: AgentConfig = AgentConfig()
+    engine: EngineConfig = EngineConfig()
     sft: SftConfig = SftConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
     train: TrainConfig = TrainConfig()
@@ -278,7 +306,7 @@ def _full_id(name: str) -> str:
 
 
 # Tables that a user gives as a whole: their keys are not options of ours.
-_WHOLE = frozenset({"kwargs", "train_kwargs", "expert", "format_options", "overrides"})
+_WHOLE = frozenset({"kwargs", "train_kwargs", "expert", "format_options", "options", "overrides"})
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,26 @@
 """The parts of a run, built from its configuration.
 
 - ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
-- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``prepare_device``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``prepare_device``,
+  ``update_workers``.
 - ``tasks_of``, ``demonstrations_of``: the tasks of a split, and those that the expert has ready.
 - ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -30,10 +34,13 @@ from ..agents.policies import EnginePolicy, Policy
 from ..agents.rollout import Progress, RolloutTask, rollout
 from ..agents.tokenizer import build_subword_tokenizer, build_word_tokenizer
 from ..agents.tree import Tree
-from ..config import EnvConfig, RunConfig, SmallModelConfig
+from ..config import EngineConfig, EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
 from ..envs.wrappers import wrap
 from ..errors import UsageError, nearest
+
+SMALL_PARAMETERS = 20_000_000
+"""Of models whose matrices are too small for several threads to share one product well."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,14 @@ def prepare_device(config: RunConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(config.device)
+
+
+def update_workers(config: RunConfig, model: nn.Module, device: torch.device) -> int:
+    """Threads of an update, by the configuration or by the model's size."""
+    if config.train.workers is not None:
+        return config.train.workers
+    small = sum(parameter.numel() for parameter in model.parameters()) <= SMALL_PARAMETERS
+    return torch.get_num_threads() if small and device.type == "cpu" else 1
 
 
 def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
@@ -153,9 +168,37 @@ def load_agent(config: RunConfig, checkpoint: Path | str, device: torch.device) 
     return Agent(model, tokenizer, make_format(config.agent.format, tokenizer, **config.agent.format_options))
 
 
-def make_engine(agent: Agent) -> TorchEngine:
-    """The built-in engine, sharing the agent's weights in place."""
-    return TorchEngine(agent.model, agent.tokenizer)
+def make_engine(agent: Agent, config: EngineConfig | None = None) -> Engine:
+    """The engine that the configuration names; by default the built-in one, sharing the agent's weights in place.
+
+    Raises:
+        UsageError: an option is not the engine's, its package is absent, or its server does not answer.
+    """
+    config = config or EngineConfig()
+    options = dict(config.options)
+    if config.dtype != "model":
+        options["dtype"] = getattr(torch, config.dtype)
+    if config.type == "torch":
+        return _built(partial(TorchEngine, agent.model, agent.tokenizer), options, TorchEngine)
+    if config.type == "vllm":
+        from ..agents.engines.vllm_engine import VLLMEngine
+
+        return _built(partial(VLLMEngine, agent.model, agent.tokenizer), options, VLLMEngine)
+    from ..agents.engines.http_engine import HTTPEngine
+
+    if "url" not in options:
+        raise UsageError("engine.type is 'http' and no server is named; expected engine.options.url")
+    named = options.pop("url"), options.pop("model", None)
+    make = partial(HTTPEngine, *named, tokenizer=agent.tokenizer, module=agent.model)
+    return _built(make, options, HTTPEngine)
+
+
+def _built(make: Callable[..., Engine], options: Mapping[str, Any], of: Any) -> Engine:
+    known = [name for name in inspect.signature(of).parameters if name not in ("model", "tokenizer")]
+    for name in options:
+        if name not in known:
+            raise UsageError(f"engine.options: {of.__name__} has no option '{name}'{nearest(name, known)}")
+    return make(**options)
 
 
 def engine_policy(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from .forward import predictors
+from ..kernels.trees import TreePack
+from .forward import last_hidden, predictors
 
 
 class Critic(nn.Module):
@@ -41,18 +42,17 @@ class Critic(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def values(self, tokens: Tensor, mask: Tensor) -> Tensor:
+    def values(self, tokens: Tensor, mask: Tensor, pack: TreePack | None = None) -> Tensor:
         """``[B, L]`` float32: the value of the state before each token of ``mask``, 0 elsewhere; differentiable.
 
         The state before token ``t`` is what the body makes of tokens 0 to ``t-1``; the head is applied there only. Rows
-        are right-padded, so no attention mask is needed.
+        are right-padded, so no attention mask is needed, or stand in ``pack``; see ``token_statistics``.
 
         Raises:
             UsageError: the first token of a row is in ``mask``; nothing comes before it.
         """
-        wanted = predictors(mask)
-        hidden = self.body(input_ids=tokens[:, :-1], use_cache=False).last_hidden_state
-        state = hidden.flatten(0, 1).index_select(0, wanted)
+        wanted = predictors(mask, pack)
+        state = last_hidden(self.body, tokens, pack).index_select(0, wanted)
         with torch.autocast(state.device.type, enabled=False):
             values = self.head(state.float())[:, 0]
         return torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_scatter(mask, values)

@@ -11,6 +11,7 @@ import json
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,9 +103,8 @@ def evaluate_checkpoint(config: RunConfig, path: str, split: str, *, out: str | 
     tasks = panel_of(config, split)
     device = prepare_device(config)
     agent = load_agent(config, path, device)
-    engine = make_engine(agent)
     console.print(f"panel {panel_hash(tasks)}: {len(tasks)} tasks of {split}, temperature {config.eval.temperature:g}")
-    with console.status("playing …") as status:
+    with closing(make_engine(agent, config.engine)) as engine, console.status("playing …") as status:
         result = evaluate(
             engine_policy(agent, engine, config, config.eval.temperature),
             agent.format,

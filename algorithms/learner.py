@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,9 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..kernels.linear import onednn_linear
 from .batch import Minibatch
+from .crew import Crew
 from .critic import Critic
 from .forward import token_statistics
+from .mismatch import mismatch
+from .packing import Part, packable, parts
 from .recipe import Plan, Recipe, merge_metrics
 from .slots.regulariser import ValueLoss
 
@@ -53,7 +58,7 @@ class LearnerConfig:
     minibatches: int = 1
     """Optimiser steps per epoch; more than one shuffles the rows."""
     micro_batch_tokens: int = 16384
-    """Padded tokens per forward pass."""
+    """Tokens per forward pass: distinct ones of packed trees, or padded ones."""
     warmup_steps: int = 0
     total_steps: int | None = None
     """Where ``cosine`` and ``linear`` reach ``min_lr_ratio``."""
@@ -64,6 +69,13 @@ class LearnerConfig:
     """Of the rollouts: log-probabilities and entropies are those of the distribution that was sampled."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """``bfloat16``: autocast; weights and optimiser state keep their own type."""
+    unique_tokens: bool = True
+    """Compute a prefix that rows share once, where the model's attention can be told of it; gradients are the same to
+    rounding."""
+    workers: int = 1
+    """Threads that share an update, each with passes of its own; see ``Crew``."""
+    shuffle: Literal["rows", "groups"] = "rows"
+    """What is dealt out to minibatches: single rows, or whole groups, whose members then share their prefixes."""
 
     def lr_at(self, step: int, highest: float | None = None) -> float:
         """Learning rate of optimiser step ``step``, from 0, on a schedule whose top is ``highest``, or ``lr``."""
@@ -104,6 +116,11 @@ class Learner:
         self.step = 0
         """Optimiser steps, skipped ones included."""
         self.skipped = 0
+        self._packs: bool | None = None
+        """Whether rows are packed; found out when they first are."""
+        self._computed = self._read = 0
+        """Tokens of the last update: those computed, and those of all its rows."""
+        self._workers: Crew | None = None
         self.optimizer = self._adamw(model, self.config.lr)
         self.critic: Critic | None = None
         if recipe is not None and recipe.needs_values:
@@ -129,13 +146,18 @@ class Learner:
         if self.critic is not None and batch.values is None:
             batch = batch.replace(values=self.values(batch))
         plan = recipe.plan(batch)
-        active = batch.mask.any(1).nonzero()[:, 0].cpu()
-        pieces = min(self.config.minibatches, len(active))
-        steps = [
-            self._optimise(batch.select(rows), _recipe_objective(recipe, plan.select(rows), pieces), self.critic)
-            for rows in self._minibatches(active, pieces, generator)
-        ]
+        dealt = self._minibatches(batch, generator)
+        pieces = max(1, len(dealt) // max(1, self.config.epochs))
+        self._computed = self._read = 0
+        seen: dict[int, Tensor] = {}
+        steps = []
+        for number, rows in enumerate(dealt):
+            objective = _recipe_objective(recipe, plan.select(rows), pieces)
+            if number == 0:  # before the first step, the weights are still those that sampled
+                objective = _watched(objective, seen)
+            steps.append(self._optimise(batch.select(rows), objective, self.critic))
         known = dict(plan.metrics) | _value_metrics(plan, batch.mask)
+        known |= mismatch(*torch.cat([seen[row] for row in sorted(seen)], 1)) if seen else {}
         return _mean_metrics(steps) | known | self._report(batch, started, self.config.epochs)
 
     def sft_update(self, batch: Minibatch) -> dict[str, float]:
@@ -156,6 +178,7 @@ class Learner:
             loss = -logprobs.sum() / tokens
             return loss, {"loss": loss.detach(), "entropy/action_mean": entropy.detach().sum() / tokens}
 
+        self._computed = self._read = 0
         return _mean_metrics([self._optimise(batch, objective)]) | self._report(batch, started, 1)
 
     @torch.no_grad()
@@ -165,8 +188,13 @@ class Learner:
         batch = batch.to(self.device)
         logprobs = torch.zeros(batch.mask.shape, device=self.device)
         entropy = torch.zeros_like(logprobs)
-        for rows, width, part in self._parts(batch):
-            logprobs[rows, :width], entropy[rows, :width] = self._forward(model or self.model, part)
+        work = self._parts(batch)
+        if model is None:
+            found = self._crew().run(lambda part, model, *_: self._forward(model, part), work)
+        else:
+            found = [self._forward(model, part) for part in work]
+        for part, (chances, spread) in zip(work, found, strict=True):
+            logprobs[part.rows, : part.width], entropy[part.rows, : part.width] = chances, spread
         return logprobs, entropy
 
     @torch.no_grad()
@@ -180,9 +208,14 @@ class Learner:
             raise UsageError("this learner has no critic; one whose recipe has the regulariser 'value' has")
         batch = batch.to(self.device)
         values = torch.zeros(batch.mask.shape, device=self.device)
-        for rows, width, part in self._parts(batch):
-            values[rows, :width] = self._values(self.critic, part)
+        for part in self._parts(batch):
+            values[part.rows, : part.width] = self._values(self.critic, part)
         return values
+
+    def close(self) -> None:
+        """End the threads that updates were shared with; the next update starts new ones."""
+        if self._workers is not None:
+            self._workers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Optimiser and counters, and the critic with its optimiser; neither the model's weights nor the recipe's
@@ -207,36 +240,59 @@ class Learner:
         self.optimizer.load_state_dict(dict(state["optimizer"]))
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
-    def _minibatches(self, rows: Tensor, pieces: int, generator: Generator | None) -> Iterator[Tensor]:
+    def _minibatches(self, batch: Minibatch, generator: Generator | None) -> list[Tensor]:
+        """The rows of each optimiser step of all epochs: those with a trained token, once per epoch."""
+        active = batch.mask.any(1).nonzero()[:, 0].cpu()
+        unit = torch.arange(len(batch)) if self.config.shuffle == "rows" else batch.group.cpu()
+        names, owner = unit[active].unique(return_inverse=True)
+        pieces = min(self.config.minibatches, len(names))
         if pieces > 1 and generator is None:
             raise UsageError("more than one minibatch needs a generator to shuffle the rows with")
+        dealt: list[Tensor] = []
         for _ in range(self.config.epochs if pieces else 0):
             if pieces == 1:
-                yield rows
+                dealt.append(active)
                 continue
             if isinstance(generator, np.random.Generator):
-                order = torch.from_numpy(generator.permutation(len(rows)))
+                order = torch.from_numpy(generator.permutation(len(names)))
             else:
-                order = torch.randperm(len(rows), generator=generator)
-            yield from rows[order].tensor_split(pieces)
+                order = torch.randperm(len(names), generator=generator)
+            if self.config.shuffle == "rows":
+                dealt += active[order].tensor_split(pieces)
+            else:
+                dealt += [active[torch.isin(owner, chosen)] for chosen in order.tensor_split(pieces)]
+        return dealt
 
-    def _parts(self, batch: Minibatch) -> Iterator[tuple[Tensor, int, Minibatch]]:
-        if batch.tokens is None:
-            raise UsageError("the learner needs the batch's tokens")
-        extent = batch.extent.cpu()
-        for rows in batch.microbatches(self.config.micro_batch_tokens):
-            width = int(extent[rows].max())
-            yield rows, width, batch.select(rows, width)
+    def _parts(self, batch: Minibatch) -> list[Part]:
+        if self._packs is None:
+            self._packs = self.config.unique_tokens and packable(self.model)
+        budget, workers = self.config.micro_batch_tokens, self.config.workers
+        return list(parts(batch, budget, packed=self._packs, workers=workers))
 
-    def _forward(self, model: nn.Module, part: Minibatch) -> tuple[Tensor, Tensor]:
-        assert part.tokens is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return token_statistics(model, part.tokens, part.mask, temperature=self.config.temperature)
+    def _crew(self) -> Crew:
+        """Made when it is first needed: on the last device, with the weights that are trained."""
+        if self._workers is None:
+            modules = [self.model] if self.critic is None else [self.model, self.critic]
+            self._workers = Crew(modules, self.config.workers)
+        return self._workers
 
-    def _values(self, critic: Critic, part: Minibatch) -> Tensor:
-        assert part.tokens is not None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            return critic.values(part.tokens, part.mask)
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """How products are computed."""
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
+        with autocast, onednn_linear():
+            yield
+
+    def _forward(self, model: nn.Module, part: Part) -> tuple[Tensor, Tensor]:
+        tokens, temperature = part.batch.tokens, self.config.temperature
+        assert tokens is not None
+        with self._computing():
+            return token_statistics(model, tokens, part.batch.mask, temperature=temperature, pack=part.pack)
+
+    def _values(self, critic: Critic, part: Part) -> Tensor:
+        assert part.batch.tokens is not None
+        with self._computing():
+            return critic.values(part.batch.tokens, part.batch.mask, part.pack)
 
     def _adamw(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
         groups = _decay_groups(module, self.config.weight_decay)
@@ -248,13 +304,17 @@ class Learner:
         Both are looked at because the clamp of the log-ratio turns the gradient of a NaN into 0. With a critic, one
         backward pass serves it too, and neither it nor the policy takes a step without the other.
         """
-        parts: list[Metrics] = []
-        for rows, width, part in self._parts(batch):
+        work = self._parts(batch)
+
+        def learn(part: Part, model: nn.Module, critic: Critic | None = None) -> Metrics:
             values = None if critic is None else self._values(critic, part)
-            loss, metrics = objective(part, rows, width, *self._forward(self.model, part), values)
+            loss, metrics = objective(part.batch, part.rows, part.width, *self._forward(model, part), values)
             loss.backward()
-            parts.append(metrics)
-        merged = merge_metrics(parts)
+            return metrics
+
+        merged = merge_metrics(self._crew().run(learn, work))
+        self._computed += sum(part.computed for part in work)
+        self._read += sum(int((part.batch.extent - 1).sum()) for part in work)
         lr = self.config.lr_at(self.step)
         outcome = {"grad_norm": self._clip(self.model, self.optimizer, lr)}
         optimizers = [self.optimizer]
@@ -283,6 +343,7 @@ class Learner:
         seconds = time.perf_counter() - started
         return {
             "tokens": float(batch.mask.sum()),
+            "tokens/unique_ratio": self._computed / max(1, self._read),
             "tokens_per_second": float(batch.extent.sum()) * epochs / seconds,
             "update_seconds": seconds,
         }
@@ -297,6 +358,20 @@ def _recipe_objective(recipe: Recipe, plan: Plan, scale: int) -> Objective:
         return loss * scale, scaled
 
     return objective
+
+
+def _watched(objective: Objective, seen: dict[int, Tensor]) -> Objective:
+    """``objective``, noting what learner and sampler say of each trained token, and the entropy there: ``[3, N]``, by
+    the first row of the part."""
+
+    def call(
+        part: Minibatch, rows: Tensor, width: int, logprobs: Tensor, entropy: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Metrics]:
+        sampled = part.old_logprobs if part.rollout_logprobs is None else part.rollout_logprobs
+        seen[int(rows[0])] = torch.stack([each.detach()[part.mask].double() for each in (logprobs, sampled, entropy)])
+        return objective(part, rows, width, logprobs, entropy, values)
+
+    return call
 
 
 def _value_metrics(plan: Plan, mask: Tensor) -> dict[str, float]:

@@ -107,7 +107,7 @@ def _model(config: RunConfig, checkpoint: str) -> Choose:
     from .assembly import engine_policy, load_agent, make_engine, prepare_device, seed_from
 
     agent = load_agent(config, checkpoint, prepare_device(config))
-    policy = engine_policy(agent, make_engine(agent), config, config.eval.temperature)
+    policy = engine_policy(agent, make_engine(agent, config.engine), config, config.eval.temperature)
     tokens: list[int] = []
     closed = True
 

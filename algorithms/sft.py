@@ -20,7 +20,7 @@ from ..agents.rollout import Progress, RolloutTask
 from ..agents.tree import Tree
 from ..config import RunConfig
 from ..errors import UsageError
-from .assembly import Agent, demonstrations_of, make_pool, play_tasks, seed_from, select_tasks
+from .assembly import Agent, demonstrations_of, make_pool, play_tasks, seed_from, select_tasks, update_workers
 from .batch import Minibatch
 from .learner import Learner, LearnerConfig
 
@@ -86,6 +86,9 @@ class WarmStart:
                 clip_norm=config.train.clip_norm,
                 weight_decay=config.train.weight_decay,
                 micro_batch_tokens=config.train.micro_batch_tokens,
+                precision=config.train.precision,
+                unique_tokens=config.train.unique_tokens,
+                workers=update_workers(config, agent.model, device),
             ),
             device,
         )
@@ -98,6 +101,10 @@ class WarmStart:
         metrics = self._learner.sft_update(self._batch.select(self._dealt[1][position]))
         self.done += 1
         return metrics
+
+    def close(self) -> None:
+        """End the learner's threads."""
+        self._learner.close()
 
     def _deal(self, generator: np.random.Generator) -> list[Tensor]:
         """Return the rows of each update of an epoch."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -33,6 +33,7 @@ from .assembly import (
     seed_from,
     select_tasks,
     tasks_of,
+    update_workers,
 )
 from .batch import Minibatch
 from .budget import rollout_metrics
@@ -43,10 +44,16 @@ from .learner import Learner, LearnerConfig
 from .recipes import recipe
 from .runs import TIME_PREFIX, RunFolder
 from .sft import WarmStart, collect_demonstrations
+from .slots import use
+from .slots.weight import RolloutCorrection
 from .stats import Proportion
 
 SFT_CHECKPOINT_EVERY = 25
 """Updates of the warm start between checkpoints."""
+
+MISMATCH_ALARM = 0.1
+"""Mean difference of the engine's log-probabilities from the learner's, in nats a token, that is worth a word: bf16
+against fp32 makes 0.02 to 0.07."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Trainer:
         self._check_forks()
 
         self._reference_model: PreTrainedModel | None = None
+        self._minded = False
         self.step = -1  # -1: before or in the warm start; k: step k is done.
         self.warm_state: dict[str, Any] | None = None
         state: dict[str, Any] | None = None
@@ -96,7 +104,13 @@ class Trainer:
         if state is not None and self.step >= 0:
             self.learner.load_state_dict(state["learner"])
             self.recipe.load_state_dict(state["recipe"])
-        self.engine = make_engine(self.agent)
+        self.engine = make_engine(self.agent, config.engine)
+        if not getattr(self.engine, "trainable", True):
+            self.engine.close()
+            raise UsageError(
+                "this server answers with text, which is for evaluation only; training needs one that takes token ids"
+            )
+        self._correct()
 
     def describe(self) -> str:
         """One line: what is trained on what."""
@@ -111,6 +125,13 @@ class Trainer:
 
     def train(self) -> Summary:
         """Do what is left of the run; call it once."""
+        try:
+            return self._train()
+        finally:
+            self.engine.close()
+            self.learner.close()
+
+    def _train(self) -> Summary:
         config, steps = self.config, self.config.train.steps
         self.run.make()
         self.run.rewind(self.rows)
@@ -159,12 +180,16 @@ class Trainer:
         started = time.perf_counter()
         generator = np.random.default_rng([config.seed, 4, step])
         batch = Minibatch.from_trees(trees)
-        if self._entropy_top_k:
+        if not self._exact:
+            logprobs, entropy = self.learner.score(batch)
+            batch = batch.replace(rollout_logprobs=batch.old_logprobs, old_logprobs=logprobs, old_entropy=entropy)
+        elif self._entropy_top_k:
             batch = batch.replace(old_entropy=self.learner.score(batch)[1])
         if self.recipe.needs_reference:
             batch = batch.replace(ref_logprobs=self.learner.score(batch, self._reference())[0])
         metrics = self.learner.update(batch, generator)
         self.recipe.on_step_end(metrics)
+        self._mind(metrics.get("mismatch/abs_mean", 0.0))
         update_seconds = time.perf_counter() - started
         if config.train.save_trajectories:
             self.run.save_trees(step, trees)
@@ -274,6 +299,30 @@ class Trainer:
                 f"'{self.recipe.name}' needs"
             )
 
+    def _mind(self, gap: float) -> None:
+        """Say once when the engine samples from another distribution than the learner believes."""
+        if gap > MISMATCH_ALARM and not self._minded:
+            self._minded = True
+            self.display.say(
+                f"the engine's log-probabilities differ from the learner's by {gap:.2f} nats a token; look at the "
+                "metrics mismatch/…, the engine's dtype, and whether its sampling filters tokens"
+            )
+
+    @property
+    def _exact(self) -> bool:
+        """Whether the engine says of a token what the learner would, so that nobody need compute it again."""
+        return self.engine.exact and self.config.train.precision == "float32"
+
+    def _correct(self) -> None:
+        """Weigh tokens by importance where the engine's probabilities are not the learner's, if the recipe does not."""
+        options, slots = self.config.engine, self.recipe.slots
+        mode = options.correction
+        if mode == "auto":
+            mode = "none" if self._exact else "truncate"
+        if mode == "none" or any(isinstance(weight, RolloutCorrection) for weight in slots.weights):
+            return
+        self.recipe.slots = slots.extend(weights=(use("weight", "rollout_correction", mode=mode, cap=options.cap),))
+
     def _reference(self) -> PreTrainedModel:
         """The policy as reinforcement learning found it; kept in the run folder for resumed runs."""
         if self._reference_model is None:
@@ -309,6 +358,7 @@ class Trainer:
             display.status("warm start", f"update {warm.done}/{warm.total}, loss {metrics['loss']:.3f}")
             if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
                 self._checkpoint(warm)
+        warm.close()
 
     def _evaluate(self) -> Evaluation:
         config, display = self.config, self.display
@@ -362,9 +412,19 @@ class Trainer:
                 minibatches=options.minibatches,
                 micro_batch_tokens=options.micro_batch_tokens,
                 temperature=self.config.agent.temperature,
+                precision=options.precision,
+                unique_tokens=options.unique_tokens,
+                shuffle=self._shuffle,
+                workers=update_workers(self.config, self.agent.model, self.device),
             ),
             self.device,
         )
+
+    @property
+    def _shuffle(self) -> Literal["rows", "groups"]:
+        if self.config.train.shuffle != "auto":
+            return self.config.train.shuffle
+        return "rows" if self.recipe.branching is None else "groups"
 
     def _log(self, phase: str, metrics: dict[str, Any], *, step: int | None = None) -> None:
         self.run.log(phase, self.step if step is None else step, metrics)
