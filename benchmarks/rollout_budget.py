@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import t as student
 
-from ..agents.engines.torch_engine import TorchEngine
+from ..agents.engines.base import Engine
 from ..agents.rollout import RolloutTask
 from ..agents.tree import Tree
 from ..algorithms.assembly import (
@@ -77,7 +77,7 @@ def warm_start(config: RunConfig, folder: Path) -> Path:
 def play(
     config: RunConfig,
     agent: Agent,
-    engine: TorchEngine,
+    engine: Engine,
     pool: EnvPool,
     made: Recipe,
     size: int,

@@ -223,7 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", nargs=3, metavar=("SHAPE", "MODEL", "VARIANT"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.work:
-        work(*options.work, options.threads)
+        shape, model, variant = options.work
+        work(shape, model, variant, options.threads)
         return 0
     machine = describe_machine(("torch", "transformers")) | {"threads": options.threads}
     console = Console()

@@ -90,7 +90,7 @@ class TorchStream:
         started = time.perf_counter()
         ended, self._ended = self._ended, []
         if self._waiting or self._running:
-            with torch.inference_mode(), evaluating(self._engine.modules):
+            with torch.inference_mode(), evaluating(self._engine.modules), self._engine.threads():
                 ended += self._advance()
         self._engine.stats.seconds += time.perf_counter() - started
         return sorted(ended, key=lambda pair: pair[0])

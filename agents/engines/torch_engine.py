@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ CACHE_BYTES = 2 << 30
 """Memory of the prefix cache by default; it is taken only as it is written."""
 CACHE_TOKENS = 1 << 17
 """Least number of tokens in the prefix cache by default."""
+
+SMALL_PARAMETERS = 20_000_000
+"""Of models whose operations are too short to be shared: waking a second thread takes as long as half of them."""
 
 
 class TorchEngine:
@@ -88,10 +92,25 @@ class TorchEngine:
             width = sum(layer.heads * (layer.key_size + layer.value_size) for layer in self.runner.layers)
             cache_tokens = max(CACHE_TOKENS, CACHE_BYTES // (width * self._dtype.itemsize))
         self.cache = self._new_cache(cache_tokens)
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        self._small = self._device.type == "cpu" and size <= SMALL_PARAMETERS
         self.exact = self._dtype == first.dtype
         self.version = 0
         self.stats = EngineStats()
         self._streams: list[TorchStream] = []
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Leave torch one thread on a CPU where the model is small: its operations are shorter than waking a second."""
+        count = torch.get_num_threads()
+        if count == 1 or not self._small:
+            yield
+            return
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(count)
 
     def _new_cache(self, max_tokens: int) -> PrefixCache:
         return PrefixCache(
