@@ -31,7 +31,7 @@ Status = Literal["ok", "missing", "broken"]
 
 EXTRAS = (
     *("train", "alfworld", "bfcl", "scienceworld", "search", "textworld", "tools", "mcp", "parquet", "reasoning-gym"),
-    *("vllm", "serve", "track", "dev"),
+    *("vllm", "http", "serve", "track", "dev"),
 )
 # The checks that `agentropy train` needs; without the others it runs.
 REQUIRED = frozenset({"python", "extra train", "torch"})
@@ -75,6 +75,7 @@ def diagnose() -> list[Check]:
         ("machine", _machine),
         *((f"extra {extra}", lambda extra=extra: _extra(extra)) for extra in EXTRAS),  # type: ignore[misc]
         ("torch", _torch),
+        ("triton", _triton),
         ("planner", _planner),
         ("compiler", _compiler),
         ("cmake", _cmake),
@@ -178,6 +179,13 @@ def _torch() -> Check:
         return Check("torch", "missing", "not installed", "pip install 'agentropy[train]'")
     loads, answer = _probe(TORCH_PROBE)
     return Check("torch", "ok" if loads else "broken", answer, "" if loads else fix)
+
+
+def _triton() -> Check:
+    if find_spec("triton") is None:
+        detail = "kernels run in their torch form; their Triton form needs a CUDA device, whose torch brings triton"
+        return Check("triton", "missing", detail)
+    return Check("triton", "ok", f"triton {_version('triton')}")
 
 
 def _planner() -> Check:

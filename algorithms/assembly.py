@@ -1,8 +1,8 @@
 """The parts of a run, built from its configuration.
 
 - ``Agent``: model, tokenizer and message format; ``new_agent``, ``load_agent``.
-- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``prepare_device``,
-  ``update_workers``.
+- ``make_engine``, ``engine_policy``, ``make_pool``, ``play_tasks``, ``open_world``, ``prepare_device``.
+- ``update_workers``, ``engine_workers``: threads of an update and processes of the rollouts.
 - ``tasks_of``, ``demonstrations_of``: the tasks of a split, and those that the expert has ready.
 - ``select_tasks``, ``seed_from``: tasks and seeds that depend on nothing but their arguments.
 """
@@ -26,6 +26,7 @@ from transformers.utils import logging
 
 from ..agents.branching import Branching
 from ..agents.engines.base import Engine, SamplingParams
+from ..agents.engines.process_engine import ProcessEngine
 from ..agents.engines.torch_engine import TorchEngine
 from ..agents.formats import make_format
 from ..agents.messages import Format
@@ -39,6 +40,8 @@ from ..envs.pool import EnvPool
 from ..envs.wrappers import wrap
 from ..errors import UsageError, nearest
 
+MANY_EPISODES = 64
+"""Of a step, for which starting processes pays."""
 SMALL_PARAMETERS = 20_000_000
 """Of models whose matrices are too small for several threads to share one product well."""
 
@@ -168,8 +171,18 @@ def load_agent(config: RunConfig, checkpoint: Path | str, device: torch.device) 
     return Agent(model, tokenizer, make_format(config.agent.format, tokenizer, **config.agent.format_options))
 
 
-def make_engine(agent: Agent, config: EngineConfig | None = None) -> Engine:
+def engine_workers(config: RunConfig, model: nn.Module, device: torch.device) -> int:
+    """Processes of the built-in engine in training, by the configuration or by the sizes of model and steps."""
+    if config.engine.workers is not None:
+        return config.engine.workers
+    episodes = config.train.tasks_per_step * config.train.group_size
+    return update_workers(config, model, device) if episodes >= MANY_EPISODES and config.train.steps else 1
+
+
+def make_engine(agent: Agent, config: EngineConfig | None = None, workers: int = 1) -> Engine:
     """The engine that the configuration names; by default the built-in one, sharing the agent's weights in place.
+
+    ``workers`` are processes of the built-in one.
 
     Raises:
         UsageError: an option is not the engine's, its package is absent, or its server does not answer.
@@ -178,6 +191,8 @@ def make_engine(agent: Agent, config: EngineConfig | None = None) -> Engine:
     options = dict(config.options)
     if config.dtype != "model":
         options["dtype"] = getattr(torch, config.dtype)
+    if config.type == "torch" and workers > 1:
+        return _built(partial(ProcessEngine, agent.model, agent.tokenizer, workers=workers), options, TorchEngine)
     if config.type == "torch":
         return _built(partial(TorchEngine, agent.model, agent.tokenizer), options, TorchEngine)
     if config.type == "vllm":

@@ -135,16 +135,30 @@ def _plain_head(model: nn.Module) -> bool:
     """Whether the logits are the output layer applied to the body's last hidden state and nothing else; tried once."""
     if model not in _plain:
         head, body = model.get_output_embeddings(), getattr(model, "base_model", model)  # type: ignore[operator]
-        known = isinstance(head, nn.Linear) and body is not model
-        if known:
-            device_type = head.weight.device.type
-            with torch.autocast(device_type, enabled=False):
-                ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
-                hidden = body(input_ids=ids, use_cache=False).last_hidden_state
-                logits = model(input_ids=ids, use_cache=False).logits
-                known = hidden.shape[-1] == head.weight.shape[1] and torch.allclose(head(hidden), logits, atol=1e-5)
-        _plain[model] = known
+        _plain[model] = isinstance(head, nn.Linear) and body is not model and _try_head(model, body, head)
     return _plain[model]
+
+
+def _try_head(model: nn.Module, body: nn.Module, head: nn.Linear) -> bool:
+    made: list[Tensor] = []
+
+    def lift(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        # The logits of new weights are so small that a soft cap would not show.
+        made[:] = output, output + 1000
+        return made[1]
+
+    ids = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]
+    with torch.autocast(head.weight.device.type, enabled=False):
+        hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+        hook = head.register_forward_hook(lift)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits
+        finally:
+            hook.remove()
+        if hidden.shape[-1] != head.weight.shape[1] or not made or logits.shape != made[1].shape:
+            return False
+        output = nn.functional.linear(hidden, head.weight, head.bias)
+    return all(torch.allclose(a, b.to(a), atol=1e-5) for a, b in ((output, made[0]), (logits, made[1])))
 
 
 def _cast(*tensors: Tensor | None) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ def hidden_states(model: nn.Module, pack: TreePack) -> Tensor:
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     eps = config.rms_norm_eps
     pairs = torch.arange(size).view(2, -1).T.flatten()
-    x = nn.functional.embedding(pack.tokens, body.embed_tokens.weight)
+    x = nn.functional.embedding(pack.tokens, body.embed_tokens.weight, body.embed_tokens.padding_idx)
     cos, sin = body.rotary_emb(x[None], pack.positions[None])
     rotation = torch.complex(cos[0, :, : size // 2], sin[0, :, : size // 2])
     for block in body.layers:

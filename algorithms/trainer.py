@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from ..envs.pool import EnvPool
 from ..errors import UsageError
 from .assembly import (
     engine_policy,
+    engine_workers,
     load_agent,
     make_engine,
     make_pool,
@@ -104,11 +106,17 @@ class Trainer:
         if state is not None and self.step >= 0:
             self.learner.load_state_dict(state["learner"])
             self.recipe.load_state_dict(state["recipe"])
-        self.engine = make_engine(self.agent, config.engine)
+        self.engine = make_engine(self.agent, config.engine, engine_workers(config, self.agent.model, self.device))
         if not getattr(self.engine, "trainable", True):
             self.engine.close()
             raise UsageError(
                 "this server answers with text, which is for evaluation only; training needs one that takes token ids"
+            )
+        if not getattr(self.engine, "takes_weights", True):
+            self.engine.close()
+            raise UsageError(
+                "this server takes no weights, so it would go on sampling from the old ones; training needs one of "
+                "`agentropy serve model`, or the engine 'torch' or 'vllm'"
             )
         self._correct()
 
@@ -181,6 +189,11 @@ class Trainer:
         generator = np.random.default_rng([config.seed, 4, step])
         batch = Minibatch.from_trees(trees)
         if not self._exact:
+            if not batch.old_logprobs[batch.mask].isfinite().all():
+                raise UsageError(
+                    "the engine does not tell the log-probabilities of what it sampled at this temperature; start "
+                    "vLLM's server with --logprobs-mode processed_logprobs, or sample with agent.temperature=1"
+                )
             logprobs, entropy = self.learner.score(batch)
             batch = batch.replace(rollout_logprobs=batch.old_logprobs, old_logprobs=logprobs, old_entropy=entropy)
         elif self._entropy_top_k:
@@ -197,6 +210,7 @@ class Trainer:
         stats = self.engine.stats
         decoded = stats.decode_tokens - before[0]
         low, high = summary.success.interval
+        top_k = self._entropy_top_k or self._own_top_k
         row = {
             "success/rate": summary.success.rate,
             "success/low": low,
@@ -208,9 +222,9 @@ class Trainer:
             **rollout_metrics(played),
             "sampler/kept": kept / len(played),
             **{("entropy/update" if k == "entropy/action_mean" else k): v for k, v in _split_times(metrics).items()},
-            "entropy/action_mean": metrics["entropy/old_mean"] if self._entropy_top_k else summary.entropy,
-            **({"entropy/estimate": summary.entropy} if self._entropy_top_k else {}),
-            "entropy/top_k": self._entropy_top_k,
+            "entropy/action_mean": metrics["entropy/old_mean"] if top_k else summary.entropy,
+            **({"entropy/estimate": summary.entropy} if top_k else {}),
+            "entropy/top_k": top_k,
             "tokens/sampled": decoded,
             "tokens/prefilled": stats.prefill_tokens - before[1],
             "tokens/cached": stats.cached_tokens - before[2],
@@ -275,6 +289,11 @@ class Trainer:
         """0 where entropies of rollouts are exact."""
         branching = self.recipe.branching
         return (branching.entropy_top_k if branching is not None else 0) or self.config.agent.entropy_top_k
+
+    @property
+    def _own_top_k(self) -> int:
+        """Other than 0 for an engine that estimates entropies also where exact ones are asked for."""
+        return getattr(self.engine, "entropy_top_k", 0)
 
     def _check_groups(self) -> None:
         """What compares the members of a group would learn nothing from groups of one."""
@@ -352,13 +371,13 @@ class Trainer:
             shown = summarise(trees, config.env.train_split)
             seconds = time.perf_counter() - started
             display.say(f"expert: success {shown.success} in {seconds:.0f} s")
-        while warm.done < warm.total:
-            metrics = warm.update()
-            self._log("sft", _split_times(metrics), step=warm.done)
-            display.status("warm start", f"update {warm.done}/{warm.total}, loss {metrics['loss']:.3f}")
-            if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
-                self._checkpoint(warm)
-        warm.close()
+        with closing(warm):
+            while warm.done < warm.total:
+                metrics = warm.update()
+                self._log("sft", _split_times(metrics), step=warm.done)
+                display.status("warm start", f"update {warm.done}/{warm.total}, loss {metrics['loss']:.3f}")
+                if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
+                    self._checkpoint(warm)
 
     def _evaluate(self) -> Evaluation:
         config, display = self.config, self.display
@@ -377,7 +396,7 @@ class Trainer:
         )
         seconds = time.perf_counter() - started
         rate = (self.engine.stats.decode_tokens - decoded) / seconds
-        top_k = config.agent.entropy_top_k
+        top_k = config.agent.entropy_top_k or self._own_top_k
         self._log("eval", {**result.metrics(), "entropy/top_k": top_k, TIME_PREFIX + "seconds": seconds})
         display.row(f"eval {self.step}", result.success, result.turns, result.entropy, rate, None)
         return result

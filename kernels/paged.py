@@ -171,6 +171,8 @@ class PagedKV:
             ready &= written // self.stripe == self.home[sequences]
         for i in np.flatnonzero(~ready):
             sequence, start = int(sequences[i]), int(starts[i])
+            if self.stripe > 1:
+                self._in_one_piece(sequence, start // self.block, int(last[i]) + 1)
             if start % self.block:
                 self._own(sequence, start // self.block)
             for place in range(-(-start // self.block), int(last[i]) + 1):
@@ -198,6 +200,24 @@ class PagedKV:
         self._copy(old, int(self.tables[sequence, place]))
         self._drop(np.array([old]))
 
+    def _in_one_piece(self, sequence: int, first: int, end: int) -> None:
+        """Move to a fresh stripe where others hold a block of the present one at these places."""
+        home = int(self.home[sequence])
+        if home != _NONE:
+            blocks = home * self.stripe + np.arange(first, end)
+            if (self.references[blocks] > (self.tables[sequence, first:end] == blocks)).any():
+                self._move(sequence)
+
+    def _move(self, sequence: int) -> None:
+        """Let the sequence write to a stripe of which nobody reads anything."""
+        fresh = int(self._held.argmin())
+        if self._held[fresh]:
+            raise OutOfBlocks
+        if self.home[sequence] != _NONE:
+            self._held[self.home[sequence]] -= 1
+        self.home[sequence] = fresh
+        self._held[fresh] += 1
+
     def _take(self, sequence: int, place: int) -> None:
         if self.stripe == 1:
             if not self._free:
@@ -207,14 +227,8 @@ class PagedKV:
             home = int(self.home[sequence])
             if home == _NONE or self.references[home * self.stripe + place]:
                 # The stripe's block at this place belongs to others: what follows goes to a fresh stripe.
-                fresh = int(self._held.argmin())
-                if self._held[fresh]:
-                    raise OutOfBlocks
-                if home != _NONE:
-                    self._held[home] -= 1
-                self.home[sequence] = home = fresh
-                self._held[home] += 1
-            block = home * self.stripe + place
+                self._move(sequence)
+            block = int(self.home[sequence]) * self.stripe + place
         self.tables[sequence, place] = block
         self.references[block] = 1
         self._held[block // self.stripe] += 1
@@ -254,11 +268,7 @@ class PagedKV:
         count = -(-int(self.length[sequence]) // self.block)
         table = self.tables[sequence, :count]
         if self.home[sequence] == _NONE and count:
-            fresh = int(self._held.argmin())
-            if self._held[fresh]:
-                raise OutOfBlocks
-            self.home[sequence] = fresh
-            self._held[fresh] += 1
+            self._move(sequence)
         own = self.home[sequence] * self.stripe + np.arange(count)
         places = np.flatnonzero(table != own)
         if self.references[own[places]].any():
@@ -275,8 +285,8 @@ class PagedKV:
         if not self._copies:
             return
         pairs = np.array(list(self._copies.items()), dtype=np.int64)
-        self._copies = {}
         copy_blocks((*self.keys, *self.values), pairs[:, 1], pairs[:, 0], self.stripe, self.block)
+        self._copies = {}
 
     def addresses(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return where tokens lie, stripe x (stripe x block) + offset, for parallel vectors of any shape."""

@@ -288,9 +288,10 @@ def _register() -> None:
 
 def _no_mask(*_: Any, **options: Any) -> None:
     """In place of a mask: the plan says what is visible. ``local_size`` is a window or a chunk."""
-    window, longest = options.get("local_size"), max((plan.longest for plan in _ACTIVE.values()), default=0)
-    if window is not None and window < longest:
-        raise UsageError(f"tree attention: the model reads {window} tokens back; a path here has {longest}")
+    # By the model's own configuration: other threads may be reading other packs.
+    window, plan = options.get("local_size"), _ACTIVE.get(id(options.get("config")))
+    if window is not None and plan is not None and window < plan.longest:
+        raise UsageError(f"tree attention: the model reads {window} tokens back; a path here has {plan.longest}")
 
 
 def _attend(

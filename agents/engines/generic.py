@@ -33,6 +33,10 @@ class Runner(Protocol):
         """Take note that the module's weights have changed."""
         ...
 
+    def forget(self) -> None:
+        """Let go of the cache that it last worked on."""
+        ...
+
     def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
         """Append tokens to sequences and return the logits [n, V] of each one's last token."""
         ...
@@ -92,6 +96,9 @@ class GenericRunner:
 
     def refresh(self) -> None:
         """Nothing to do: the module itself computes."""
+
+    def forget(self) -> None:
+        """Nothing to do: nothing is kept."""
 
     def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
         """Append ``counts[i]`` tokens to ``sequences[i]`` at ``starts[i]``; return logits of each one's last token."""

@@ -131,6 +131,11 @@ class HTTPEngine:
         """Whether completions hold the ids that were sampled, so that a policy can be trained on them."""
         return self.mode == "tokens"
 
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the server is one of this package, so that ``load_weights`` can reach it."""
+        return self._asker.ours
+
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Continue every request; completions come back in the order of the requests.
 

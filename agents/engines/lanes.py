@@ -128,12 +128,13 @@ class Lanes:
         tokens, statistics = drawn.token.cpu().numpy(), columns.float().cpu().numpy()
         self.tokens[lanes, numbers] = tokens
         self._statistics[lanes, numbers] = statistics
-        self.count[lanes] = numbers + 1
         stopped = np.isin(tokens, self._stops) if len(self._stops) else np.zeros(len(lanes), dtype=bool)
         if params.stop_strings and self._tokenizer is not None:
-            for i, lane in enumerate(lanes.tolist()):
-                text = str(self._tokenizer.decode(self.tokens[lane, : self.count[lane]].tolist()))
+            for i, (lane, last) in enumerate(zip(lanes.tolist(), numbers.tolist(), strict=True)):
+                text = str(self._tokenizer.decode(self.tokens[lane, : last + 1].tolist()))
                 stopped[i] |= any(stop in text for stop in params.stop_strings)
+        # Last, so that whatever failed before has drawn nothing.
+        self.count[lanes] = numbers + 1
         self._stopped[lanes] = stopped
         return stopped | (self.count[lanes] >= self._limits[lanes]), bool(np.isfinite(statistics).all())
 

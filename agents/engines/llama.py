@@ -121,6 +121,10 @@ class LlamaRunner:
                 )
             )
 
+    def forget(self) -> None:
+        """Let go of the cache: captured steps refer to it."""
+        self._decoder.forget()
+
     def forward(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
         """Append tokens to sequences that have room for them; return the logits of each sequence's last token.
 

@@ -88,10 +88,12 @@ class TorchStream:
                 requests of the stream are given up in the first case.
         """
         started = time.perf_counter()
-        ended, self._ended = self._ended, []
+        ended = []
         if self._waiting or self._running:
             with torch.inference_mode(), evaluating(self._engine.modules), self._engine.threads():
-                ended += self._advance()
+                ended = self._advance()
+        ended += self._ended
+        self._ended = []
         self._engine.stats.seconds += time.perf_counter() - started
         return sorted(ended, key=lambda pair: pair[0])
 
@@ -140,15 +142,15 @@ class TorchStream:
         while True:
             try:
                 done, logits = self._compute()
+                over, finite = self._lanes.draw(np.array([progress.lane for progress in done]), logits)
                 break
-            except (RuntimeError, OutOfBlocks) as error:
+            except Exception as error:
+                # Whatever it was: nobody may count as computed whose next token has not been drawn.
                 count = len(self._running)
                 self.suspend()
                 if not _out_of_memory(error) or count <= 1:
                     raise
                 self._limit = count // 2
-        lanes = np.array([progress.lane for progress in done])
-        over, finite = self._lanes.draw(lanes, logits)
         version = self._engine.version
         if not finite:
             for progress in (*self._running, *self._waiting):
@@ -187,9 +189,10 @@ class TorchStream:
                 parts.append(logits)
                 done += ordered
                 for twin, leader in twins:
-                    if self._copy(twin, leader):
-                        rows.append(rows[row[leader.ticket]])
-                        done.append(twin)
+                    if not self._copy(twin, leader):
+                        break
+                    rows.append(rows[row[leader.ticket]])
+                    done.append(twin)
             if not later:
                 break
         if not done:
@@ -205,8 +208,8 @@ class TorchStream:
         """Let waiting requests in.
 
         Returns:
-            Those to compute now; those whose context equals one of theirs, with it; and whether some that have room
-            gain by waiting for the keys of these.
+            Those to compute now; those whose context equals one of theirs, with it, which are first in line until
+            they are copied; and whether some that have room gain by waiting for the keys of these.
         """
         engine = self._engine
         wave = RadixTree()
@@ -231,7 +234,7 @@ class TorchStream:
             self._start(progress, *claimed, context_length=len(context))
             wave.insert(len(leaders), context)
             leaders.append(progress)
-        self._waiting.extendleft(reversed(followers))
+        self._waiting.extendleft(reversed([*(twin for twin, _ in twins), *followers]))
         return leaders, twins, bool(followers)
 
     def _start(self, progress: Progress, sequence: int, known: int, context_length: int) -> None:
@@ -244,12 +247,12 @@ class TorchStream:
         self._running.append(progress)
 
     def _copy(self, twin: Progress, leader: Progress) -> bool:
-        """Start a request whose context has just been computed for another one; without room it waits."""
+        """Start the first in line, whose context has just been computed for another one; without room it waits."""
         positions = len(twin.request.tokens) + twin.limit
         sequence = self._engine.cache.duplicate(leader.sequence, positions)
         if sequence is None:
-            self._waiting.appendleft(twin)
             return False
+        self._waiting.popleft()
         self._start(twin, sequence, leader.computed, context_length=leader.computed)
         return True
 

@@ -48,6 +48,7 @@ class TorchEngine:
         *,
         max_batch: int = 128,
         cache_tokens: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         fused: bool = True,
@@ -59,8 +60,9 @@ class TorchEngine:
             tokenizer: needed for stop strings only.
             max_batch: requests that run at once; more are served in waves.
             cache_tokens: bound of the prefix cache; the longest sequence must fit. By default what fits in
-                ``CACHE_BYTES``, and never less than ``CACHE_TOKENS``: a cache that cannot hold all running episodes
+                ``cache_bytes``, and never less than ``CACHE_TOKENS``: a cache that cannot hold all running episodes
                 computes their histories anew every turn.
+            cache_bytes: memory of the prefix cache where ``cache_tokens`` is not given.
             device: where to compute; the model's own by default.
             dtype: type of weights and cache; the model's own by default.
             fused: use the fused forward pass where the architecture has one.
@@ -90,7 +92,8 @@ class TorchEngine:
         self.runner.refresh()
         if cache_tokens is None:
             width = sum(layer.heads * (layer.key_size + layer.value_size) for layer in self.runner.layers)
-            cache_tokens = max(CACHE_TOKENS, CACHE_BYTES // (width * self._dtype.itemsize))
+            cache_tokens = max(CACHE_TOKENS, cache_bytes // (width * self._dtype.itemsize))
+        self.cache_tokens = cache_tokens
         self.cache = self._new_cache(cache_tokens)
         size = sum(parameter.numel() for parameter in self.model.parameters())
         self._small = self._device.type == "cpu" and size <= SMALL_PARAMETERS
@@ -175,17 +178,7 @@ class TorchEngine:
         if source is None and self.model is not self._shared:
             source = self._shared.state_dict()
         if source is not None:
-            try:
-                missing, unexpected = self.model.load_state_dict(source, strict=False)
-            except RuntimeError as error:
-                raise UsageError(f"the weights do not fit the model: {error}") from error
-            absent = set(missing) - set(getattr(self.model, "_tied_weights_keys", None) or ())
-            if absent or unexpected:
-                wrong = sorted(absent) + sorted(unexpected)
-                raise UsageError(
-                    f"the weights do not fit the model: '{wrong[0]}' is {'missing' if absent else 'unknown'} "
-                    f"({len(wrong)} such names); expected the names of model.state_dict()"
-                )
+            load_into(self.model, source)
         self.runner.refresh()
         for stream in self._streams:
             stream.suspend()
@@ -200,4 +193,30 @@ class TorchEngine:
         """Close the streams and free the cache; calling again does nothing."""
         for stream in list(self._streams):
             stream.close()
+        self.runner.forget()
         self.cache = self._new_cache(2)
+
+
+def load_into(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Load weights into ``model``; tied ones may be left out.
+
+    Raises:
+        UsageError: the state dict has other names or shapes than the model, which stays as it was.
+    """
+    own = model.state_dict()
+    tied: Any = getattr(model, "_tied_weights_keys", None) or ()
+    absent = own.keys() - state_dict.keys() - set(tied)
+    unexpected = state_dict.keys() - own.keys()
+    if absent or unexpected:
+        wrong = sorted(absent) + sorted(unexpected)
+        raise UsageError(
+            f"the weights do not fit the model: '{wrong[0]}' is {'missing' if absent else 'unknown'} "
+            f"({len(wrong)} such names); expected the names of model.state_dict()"
+        )
+    for name, tensor in state_dict.items():
+        if tensor.shape != own[name].shape:
+            raise UsageError(
+                f"the weights do not fit the model: '{name}' has shape {tuple(tensor.shape)}; "
+                f"expected {tuple(own[name].shape)}"
+            )
+    model.load_state_dict(state_dict, strict=False)

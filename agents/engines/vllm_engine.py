@@ -134,6 +134,9 @@ class VLLMEngine:
     the learner's forward pass: in float32 log-probabilities agree to 1e-5, in bfloat16 to some hundredths, so
     ``exact`` is False. A request's random numbers depend on its seed only, and are not those of ``TorchEngine``.
     A process has room for one such engine at a time, and for none where it belongs to a torch.distributed group.
+
+    Attributes:
+        entropy_top_k: the k of entropies where the sampling parameters ask for exact ones.
     """
 
     exact = False
@@ -196,7 +199,7 @@ class VLLMEngine:
         self._shared = model if isinstance(model, PreTrainedModel) else None
         self._observer = Observer
         self._tokenizer = tokenizer
-        self._entropy_top_k = entropy_top_k
+        self.entropy_top_k = entropy_top_k
         options: dict[str, Any] = {
             "dtype": dtype_name(dtype, self._shared),
             "max_model_len": max_model_len,
@@ -366,7 +369,7 @@ class VLLMEngine:
         return running
 
     def _known(self, params: SamplingParams) -> int:
-        return min(params.entropy_top_k or self._entropy_top_k, self.vocabulary)
+        return min(params.entropy_top_k or self.entropy_top_k, self.vocabulary)
 
     def _advance(self) -> None:
         """One step of vLLM, for the requests of all streams."""

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from agentropy.agents.engines import Engine
+from agentropy.agents.engines.process_engine import ProcessEngine
 from agentropy.agents.engines.torch_engine import TorchEngine
 
 from .engine_conformance import CLAIMS, Subject, Words, tiny_model
@@ -18,11 +20,14 @@ ROOT = Path(__file__).parents[2]
 VARIABLE = "AGENTROPY_VLLM_PYTHON"
 
 
-@pytest.fixture(scope="module", params=["fused", "generic", "copy"])
+@pytest.fixture(scope="module", params=["fused", "generic", "copy", "processes"])
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     model = tiny_model()
-    options = {"fused": {}, "generic": {"fused": False}, "copy": {"dtype": torch.float64}}[request.param]
-    engine = TorchEngine(model, Words(), max_batch=16, **options)
+    if request.param == "processes":
+        engine: Engine = ProcessEngine(model, Words(), workers=2, max_batch=16)
+    else:
+        options = {"fused": {}, "generic": {"fused": False}, "copy": {"dtype": torch.float64}}[request.param]
+        engine = TorchEngine(model, Words(), max_batch=16, **options)
     yield Subject(engine, model, tolerance=1e-4, token_by_token=True)
     engine.close()
 

@@ -445,6 +445,7 @@ def test_a_server_that_forgot_the_weights_is_given_the_folder_again(tmp_path: Pa
 def test_other_servers_take_no_weights() -> None:
     with Scripted(obedient) as server:
         http = quick(server.url)
+        assert not http.takes_weights
         with pytest.raises(UsageError, match="takes no weights"):
             http.load_weights({}, 1)
         http.close()

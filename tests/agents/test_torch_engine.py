@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from agentropy.agents.engines import Completion, Engine, Request, SamplingParams, StopReason
+from agentropy.agents.engines import cache as cache_module
 from agentropy.agents.engines.llama import LlamaRunner
 from agentropy.agents.engines.radix import RadixTree
 from agentropy.agents.engines.torch_engine import TorchEngine
@@ -454,6 +457,76 @@ def test_weights_that_do_not_fit_are_named(llama: PreTrainedModel) -> None:
         engine.load_weights(state, version=1)
     tied = {name: tensor for name, tensor in llama.state_dict().items() if name != "lm_head.weight"}
     engine.load_weights(tied, version=1)
+
+
+@pytest.mark.parametrize("wrong", ["unknown", "missing", "shape"])
+def test_weights_that_do_not_fit_change_nothing(wrong: str) -> None:
+    model, other = build(_llama), build(_llama, seed=1)
+    engine = TorchEngine(model)
+    asked = requests(contexts(2))
+    before = engine.generate(asked, SamplingParams())
+    state = dict(other.state_dict())
+    if wrong == "unknown":
+        state["zzz"] = torch.zeros(1)
+    elif wrong == "missing":
+        del state["model.norm.weight"]
+    else:
+        state["model.norm.weight"] = torch.zeros(3)
+    with pytest.raises(UsageError, match="do not fit the model: '(zzz|model.norm.weight)'"):
+        engine.load_weights(state, version=1)
+    for name, tensor in build(_llama).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    for old, new in zip(before, engine.generate(asked, SamplingParams()), strict=True):
+        np.testing.assert_array_equal(old.tokens, new.tokens)
+        assert new.version == 0
+
+
+@pytest.mark.parametrize("striped", [True, False])
+def test_closing_frees_the_memory_of_the_cache(
+    llama: PreTrainedModel, striped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "striped_on", lambda device: striped)
+    engine = TorchEngine(llama, cache_tokens=4096)
+    engine.generate(requests(contexts(2)), SamplingParams())
+    cache = weakref.ref(engine.cache.kv)
+    engine.close()
+    gc.collect()
+    assert cache() is None
+
+
+@pytest.mark.parametrize("wrong", ["unknown", "missing", "shape"])
+def test_weights_that_do_not_fit_change_nothing(wrong: str) -> None:
+    model, other = build(_llama), build(_llama, seed=1)
+    engine = TorchEngine(model)
+    asked = requests(contexts(2))
+    before = engine.generate(asked, SamplingParams())
+    state = dict(other.state_dict())
+    if wrong == "unknown":
+        state["zzz"] = torch.zeros(1)
+    elif wrong == "missing":
+        del state["model.norm.weight"]
+    else:
+        state["model.norm.weight"] = torch.zeros(3)
+    with pytest.raises(UsageError, match=r"do not fit the model: '(zzz|model\.norm\.weight)'"):
+        engine.load_weights(state, version=1)
+    for name, tensor in build(_llama).state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=0)
+    for old, new in zip(before, engine.generate(asked, SamplingParams()), strict=True):
+        np.testing.assert_array_equal(old.tokens, new.tokens)
+        assert new.version == 0
+
+
+@pytest.mark.parametrize("striped", [True, False])
+def test_closing_frees_the_memory_of_the_cache(
+    llama: PreTrainedModel, striped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "striped_on", lambda device: striped)
+    engine = TorchEngine(llama, cache_tokens=4096)
+    engine.generate(requests(contexts(2)), SamplingParams())
+    cache = weakref.ref(engine.cache.kv)
+    engine.close()
+    gc.collect()
+    assert cache() is None
 
 
 def test_bfloat16_is_close_to_float32(llama: PreTrainedModel) -> None:

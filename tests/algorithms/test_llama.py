@@ -55,6 +55,20 @@ def build(make):
     return model
 
 
+def test_the_embedding_of_padding_is_not_trained_just_as_in_transformers():
+    model = build(lambda: LlamaForCausalLM(LlamaConfig(**SIZES, pad_token_id=7)))
+    pack = pack_tree([[3, 7, 5, 7], [3, 7, 9]])
+    llama.hidden_states(model, pack).square().sum().backward()
+    found, model.model.embed_tokens.weight.grad = model.model.embed_tokens.weight.grad, None
+    for row in ([3, 7, 5, 7], [9]):
+        rows = torch.tensor([[3, 7, 9]]) if row == [9] else torch.tensor([row])
+        hidden = model.model(input_ids=rows, use_cache=False).last_hidden_state[0]
+        hidden[-len(row) :].square().sum().backward()
+    expected = model.model.embed_tokens.weight.grad
+    assert not expected[7].any() and expected[3].any()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_hidden_states_and_gradients_are_those_of_transformers(name):
     model = build(MODELS[name])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import Gemma2Config, Gemma2ForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from agentropy.agents.models import build_small_model
@@ -118,6 +119,27 @@ def test_statistics_and_gradients_equal_those_of_every_branch_alone(
     torch.testing.assert_close(packed_results, plain, rtol=0, atol=tolerance)
     for one, other in zip(packed_gradients, gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
+
+
+def test_a_soft_cap_is_seen_before_the_logits_are_large(monkeypatch):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
+    config = Gemma2Config(vocab_size=VOCABULARY, final_logit_softcapping=30.0, **sizes, **heads)
+    model = Gemma2ForCausalLM(config).eval()
+    tokens = torch.randint(1, VOCABULARY, (2, 9))
+    mask = torch.zeros_like(tokens, dtype=torch.bool)
+    mask[:, 3:] = True
+    found = []
+    for grow in (1, 200):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(grow)
+        for materialised in (0, 1 << 24):
+            monkeypatch.setattr(forward_module, "_MATERIALISED", materialised)
+            found.append(token_statistics(model, tokens, mask)[0])
+    assert float(model(tokens).logits.detach().abs().max()) > 20
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[2], found[3])
 
 
 @pytest.mark.parametrize("name", recipes())

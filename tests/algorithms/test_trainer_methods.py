@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import re
+import threading
 
 import gymnasium
 import pytest
@@ -17,6 +18,8 @@ from agentropy.algorithms.runs import TIME_PREFIX, RunFolder
 from agentropy.algorithms.trainer import Trainer
 from agentropy.config import load_config
 from agentropy.errors import UsageError
+
+from ..agents.scripted import Scripted, obedient
 
 TINY = [
     'device="cpu"',
@@ -144,11 +147,44 @@ def test_estimated_entropies_fork_and_exact_ones_are_learned_from(tmp_path, monk
     assert row["entropy/estimate"] < row["entropy/action_mean"] and row["entropy/top_k"] == 2
 
 
+def test_an_engine_that_only_estimates_entropies_is_not_taken_for_exact(tmp_path, monkeypatch):
+    trainer = begin(tmp_path / "run", "sft.tasks=0", "train.steps=1", 'engine.dtype="bfloat16"')
+    trainer.engine.entropy_top_k = 20
+    updates = []
+    update = trainer.learner.update
+    monkeypatch.setattr(
+        trainer.learner, "update", lambda batch, generator: updates.append(batch) or update(batch, generator)
+    )
+    trainer.train()
+    (row,) = [row for row in rows(tmp_path / "run") if row["phase"] == "train"]
+    exact = updates[0].old_entropy[updates[0].mask].mean().item()
+    assert row["entropy/action_mean"] == pytest.approx(exact, rel=1e-5) and "entropy/estimate" in row
+    assert all(row["entropy/top_k"] == 20 for row in rows(tmp_path / "run") if row["phase"] in ("train", "eval"))
+
+
 @pytest.mark.parametrize("name", ["rloo", "dapo"])
 def test_groups_of_one_are_refused_where_they_would_teach_nothing(tmp_path, name):
     with pytest.raises(UsageError, match=f"train.group_size is 1; '{name}' compares"):
         begin(tmp_path / "run", f'algorithm.name="{name}"', "train.group_size=1")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_server_that_takes_no_weights_is_refused_before_the_warm_start(tmp_path):
+    with Scripted(obedient) as server, pytest.raises(UsageError, match="this server takes no weights"):
+        begin(tmp_path / "run", 'engine.type="http"', f'engine.options={{url="{server.url}", vocabulary=5000}}')
+    assert not (tmp_path / "run").exists()
+    assert not [thread for thread in threading.enumerate() if thread.name == "agentropy http engine"]
+
+
+def test_a_warm_start_that_breaks_off_leaves_no_threads(tmp_path, monkeypatch):
+    def killed(*_arguments, **_options):
+        raise Killed
+
+    trainer = begin(tmp_path / "run", "train.workers=2", "train.micro_batch_tokens=64")
+    monkeypatch.setattr(Trainer, "_log", killed)
+    with pytest.raises(Killed):
+        trainer.train()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("agentropy-update")]
 
 
 class Fleeting(gymnasium.Env):

@@ -150,8 +150,11 @@ def test_no_write_changes_a_sibling_and_no_block_leaks(stripe: int, actions: lis
             if action == "write":
                 amount = min(amount, 6 * BLOCK - len(held[sequence]))
                 if amount:
+                    start = len(held[sequence])
                     write(kv, sequence, held[sequence], list(range(token, token + amount)))
                     token += amount
+                    written = kv.tables[sequence, start // BLOCK : -(-len(held[sequence]) // BLOCK)]
+                    assert stripe == 1 or (written // stripe == kv.home[sequence]).all()
             elif action == "fork":
                 length = min(amount, len(held[sequence]))
                 held[kv.fork(sequence, length)] = held[sequence][:length]
@@ -176,6 +179,23 @@ def test_no_write_changes_a_sibling_and_no_block_leaks(stripe: int, actions: lis
     for number in held:
         kv.free(number)
     assert kv.used == kv.occupied == 0 and not kv.references.any()
+
+
+def test_what_is_written_at_once_lies_in_one_stripe() -> None:
+    kv = build(stripe=6)
+    root = kv.new()
+    write(kv, root, [], list(range(BLOCK)))
+    parent = kv.fork(root, BLOCK)
+    write(kv, parent, list(range(BLOCK)), list(range(3 * BLOCK)))
+    child = kv.fork(parent, 3 * BLOCK)
+    kv.trim(parent, BLOCK - 1)
+    held = list(range(BLOCK - 1))
+    # The parent's own stripe is free at the first place and the child's at the second.
+    write(kv, parent, held, list(range(100, 100 + 2 * BLOCK)))
+    places = kv.tables[parent, : -(-len(held) // BLOCK)]
+    assert (places // kv.stripe == kv.home[parent]).all()
+    assert all(part == held for part in read(kv, parent))
+    assert all(part == [*range(BLOCK), *range(2 * BLOCK)] for part in read(kv, child))
 
 
 def test_forks_share_blocks_until_they_write() -> None:

@@ -321,6 +321,11 @@ def test_models_that_would_be_inexact_are_refused() -> None:
     assert supports_tree_attention(window), "paths within the window are exact"
     with pytest.raises(UsageError, match="reads 8 tokens back; a path here has 12"), use_tree_attention(window, pack):
         window(input_ids=pack.tokens[None], position_ids=pack.positions[None])
+    beside = build("Mistral", sliding_window=8)
+    with use_tree_attention(build("Llama"), pack):  # as in another thread, whose paths are not this model's
+        assert supports_tree_attention(beside)
+        with use_tree_attention(beside, pack_tree([[1, 2, 3], [1, 4]])):
+            beside(input_ids=torch.tensor([[1, 2, 3, 4]]), position_ids=torch.tensor([[0, 1, 2, 1]]))
     dropped = build("Llama", attention_dropout=0.1)
     assert supports_tree_attention(dropped), "in evaluation mode there is no dropout"
 

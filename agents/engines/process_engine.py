@@ -1,0 +1,318 @@
+"""The built-in engine in several processes, which share the weights and deal the requests out among themselves.
+
+- ``ProcessEngine``: for small models on a CPU, whose operations are too short for several threads.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import AgentropyError, UsageError
+from .base import Completion, EngineStats, Request, SamplingParams, run_all
+from .lanes import Tokenizer
+from .radix import RadixTree, Tokens
+from .shared_weights import share
+from .torch_engine import CACHE_BYTES, load_into
+
+_KNOWN = 4096
+"""Sequences whose process is remembered; more are forgotten all at once, which costs a prefill each."""
+_CLOSE_SECONDS = 5.0
+
+
+class ProcessEngine:
+    """``TorchEngine`` in ``workers`` processes of one thread each; see ``Engine``.
+
+    A request goes to the process that has the longest prefix of its context, a new one to the process with the least to
+    do; so members of a group and turns of an episode meet their keys. Which process that is depends on the calls so far
+    alone, and so do the results. The module's parameters are moved to shared memory, where an optimiser changes them in
+    place: nothing is sent when weights are loaded.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, workers: int, **options: Any) -> None:
+        """Start the processes, and wait for them when they are first needed.
+
+        Args:
+            model: a causal language model of transformers on the CPU.
+            tokenizer: needed for stop strings only.
+            workers: processes.
+            options: of ``TorchEngine``; ``max_batch`` and ``cache_tokens`` hold for each process.
+
+        Raises:
+            UsageError: there are no workers, or the model is not on the CPU. What ``TorchEngine`` refuses is raised
+                when the processes are first needed.
+        """
+        parameter = next(model.parameters())
+        if workers < 1 or parameter.device.type != "cpu":
+            raise UsageError(f"workers={workers} for a model on {parameter.device}; expected 1 or more, on the CPU")
+        self._model = model
+        self.tokenizer = tokenizer
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+        self.exact = options.get("dtype") in (None, parameter.dtype)
+        self.stats = EngineStats()
+        self._known = RadixTree()
+        self._owner: dict[int, int] = {}
+        layout = share(model)
+        self._path = layout.path
+        setup = {
+            "model": (type(model), model.config),
+            "tokenizer": tokenizer,
+            "layout": layout,
+            "options": {"cache_bytes": CACHE_BYTES // workers, **options},
+        }
+        self._workers: list[_Worker] = []
+        self._limits: tuple[int, int] | None = None
+        self._streams = 0
+        self._finalizer = weakref.finalize(self, _stop, self._workers, layout.path)
+        try:
+            for _ in range(workers):
+                self._workers.append(_Worker())
+            for worker in self._workers:
+                worker.send("setup", setup)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """The model's positions and ``cache_tokens``; waits for the processes to be ready.
+
+        Raises:
+            UsageError: ``TorchEngine`` refuses an option, or the engine is closed.
+            AgentropyError: a process could not start.
+        """
+        if self._limits is None:
+            try:
+                answers = [worker.receive() for worker in self._workers]
+            except BaseException:
+                self.close()
+                raise
+            if not answers:
+                raise UsageError("the engine is closed; expected a new one")
+            self._limits = answers[0]
+            _unlink(self._path)
+        return self._limits
+
+    def stream(self, params: SamplingParams) -> _Stream:
+        """Open a stream of requests that share ``params``; see ``Engine.stream``.
+
+        Raises:
+            UsageError: stop strings are asked of an engine without a tokenizer.
+        """
+        if params.stop_strings and self.tokenizer is None:
+            raise UsageError("stop_strings need a tokenizer; expected ProcessEngine(model, tokenizer, workers=2)")
+        self._streams += 1
+        return _Stream(self, self._streams, params)
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Continue every request; see ``TorchEngine.generate``."""
+        stream = self.stream(params)
+        try:
+            return run_all(stream, requests)
+        finally:
+            stream.close()
+
+    def load_weights(self, state_dict: Mapping[str, Any] | None, version: int) -> None:
+        """Take note of new weights, or of a state dict's, which is loaded into the shared module.
+
+        Raises:
+            UsageError: the state dict has other names or shapes than the model.
+        """
+        if state_dict is not None:
+            load_into(self._model, state_dict)
+        self._forget()
+        self.ask("load", version)
+
+    def release(self, prefixes: Sequence[Tokens] | None = None) -> None:
+        """Forget cached sequences that begin with one of ``prefixes``; all of them when ``None``."""
+        if prefixes is None:
+            self._forget()
+        else:
+            for prefix in prefixes:
+                for sequence in list(self._known.below(prefix)):
+                    self._known.remove(sequence)
+                    del self._owner[sequence]
+        self.ask("release", prefixes)
+
+    def close(self) -> None:
+        """End the processes; calling again does nothing."""
+        self._finalizer()
+
+    def ask(self, operation: str, *arguments: Any) -> list[Any]:
+        """Have every process do something; their answers."""
+        _ = self.limits
+        if not self._workers:
+            raise UsageError("the engine is closed; expected a new one")
+        for worker in self._workers:
+            worker.send(operation, *arguments)
+        return [worker.receive() for worker in self._workers]
+
+    def place(self, context: Tokens, load: Sequence[int]) -> int:
+        """The process that a request goes to; ``load`` counts what each has to do."""
+        ends, shared = self._known.match(context)
+        owner = self._owner[ends[0]] if shared else load.index(min(load))
+        if len(self._owner) >= _KNOWN:
+            self._forget()
+        if not shared or shared < len(context):
+            number = len(self._owner)
+            self._known.insert(number, context)
+            self._owner[number] = owner
+        return owner
+
+    def _forget(self) -> None:
+        self._known, self._owner = RadixTree(), {}
+
+
+class _Stream:
+    """Requests of one set of parameters in all processes; see ``Stream``."""
+
+    def __init__(self, engine: ProcessEngine, number: int, params: SamplingParams) -> None:
+        self._engine = engine
+        self._number = number
+        self._tickets = 0
+        self._waiting: list[list[tuple[int, Request]]] = [[] for _ in engine._workers]
+        self._running: dict[int, int] = {}
+        """Ticket to process."""
+        self._closed = False
+        engine.ask("open", number, params)
+
+    @property
+    def running(self) -> int:
+        return len(self._running)
+
+    def add(self, request: Request) -> int:
+        """Take a request; see ``TorchStream.add``."""
+        engine, tokens = self._engine, request.tokens
+        if self._closed:
+            raise UsageError("the stream is closed; expected a new one from engine.stream(params)")
+        if tokens.min() < 0 or tokens.max() >= engine.vocabulary:
+            raise UsageError(
+                f"a request holds token {tokens.max()} or {tokens.min()}; "
+                f"expected ids from 0 to {engine.vocabulary - 1}"
+            )
+        engine_limit, cache_limit = engine.limits
+        longest = len(tokens) + min(request.max_tokens, engine_limit - len(tokens))
+        if len(tokens) < engine_limit and longest > cache_limit:
+            raise UsageError(
+                f"a sequence of {longest} tokens does not fit in cache_tokens={cache_limit}; "
+                "expected cache_tokens of at least the longest context plus max_tokens"
+            )
+        load = [0] * len(engine._workers)
+        for owner in self._running.values():
+            load[owner] += 1
+        owner = engine.place(tokens, load)
+        ticket, self._tickets = self._tickets, self._tickets + 1
+        self._waiting[owner].append((ticket, request))
+        self._running[ticket] = owner
+        return ticket
+
+    def step(self) -> list[tuple[int, Completion]]:
+        """One step of every process that has something to do."""
+        started = time.perf_counter()
+        busy = sorted(set(self._running.values()))
+        workers = self._engine._workers
+        for owner in busy:
+            workers[owner].send("step", self._number, self._waiting[owner])
+            self._waiting[owner] = []
+        ended: list[tuple[int, Completion]] = []
+        failure: BaseException | None = None
+        for owner in busy:
+            try:
+                done, counts = workers[owner].receive()
+            except AgentropyError as error:  # of one process; the others have stepped and must be heard
+                failure = error
+                continue
+            ended += done
+            for name, count in counts.items():
+                setattr(self._engine.stats, name, getattr(self._engine.stats, name) + count)
+        self._engine.stats.seconds += time.perf_counter() - started
+        if failure is not None:
+            self.close()
+            raise failure
+        for ticket, _ in ended:
+            del self._running[ticket]
+        return sorted(ended, key=lambda pair: pair[0])
+
+    def cancel(self, ticket: int) -> Completion:
+        """End a request now; see ``Stream.cancel``."""
+        if ticket not in self._running:
+            raise UsageError(f"no request with ticket {ticket} is running; expected a ticket that has not ended")
+        owner = self._running.pop(ticket)
+        worker = self._engine._workers[owner]
+        worker.send("cancel", self._number, self._waiting[owner], ticket)
+        self._waiting[owner] = []
+        completion: Completion = worker.receive()
+        return completion
+
+    def close(self) -> None:
+        """Cancel what runs; calling again does nothing."""
+        if not self._closed and self._engine._workers:
+            self._closed = True
+            self._running.clear()
+            self._engine.ask("close", self._number)
+
+
+class _Worker:
+    """A process and the way to it."""
+
+    def __init__(self) -> None:
+        own, other = socket.socketpair()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        command = [sys.executable, "-m", "agentropy.agents.engines.process_worker", str(other.fileno())]
+        with other:
+            self.process = subprocess.Popen(command, pass_fds=(other.fileno(),), env=environment)
+        self._connection = Connection(own.detach())
+
+    def send(self, *message: Any) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise self._dead() from error
+
+    def receive(self) -> Any:
+        """The answer to one message; what the process raised is raised here."""
+        try:
+            worked, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise self._dead() from error
+        if not worked:
+            raise answer
+        return answer
+
+    def stop(self) -> None:
+        self._connection.close()
+        try:
+            self.process.wait(_CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def _dead(self) -> AgentropyError:
+        return AgentropyError(f"a process of the engine has ended (exit status {self.process.poll()})")
+
+
+def _stop(workers: list[_Worker], path: str) -> None:
+    while workers:
+        workers.pop().stop()
+    _unlink(path)
+
+
+def _unlink(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
+
+
+def counted(before: EngineStats, after: EngineStats) -> dict[str, int]:
+    """What was done between two readings, without the seconds."""
+    names = [field.name for field in fields(EngineStats) if field.name != "seconds"]
+    return {name: getattr(after, name) - getattr(before, name) for name in names}

@@ -1,0 +1,127 @@
+"""The engine in several processes: one set of weights, requests beside their kin, and nothing left behind.
+
+That it keeps every engine's promises is tested with the others (``test_engine_conformance``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from agentropy.agents.engines import Request, SamplingParams
+from agentropy.agents.engines.process_engine import ProcessEngine
+from agentropy.agents.engines.shared_weights import adopt, share
+from agentropy.agents.engines.torch_engine import TorchEngine
+from agentropy.errors import AgentropyError, UsageError
+
+from .engine_conformance import VOCABULARY, tiny_model
+
+
+def requests(count: int, seed: int = 0, length: int = 12) -> list[Request]:
+    random = np.random.default_rng(seed)
+    return [Request(random.integers(0, VOCABULARY, length), seed=i, max_tokens=int(5 + i % 4)) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[ProcessEngine]:
+    engine = ProcessEngine(tiny_model(), workers=2)
+    yield engine
+    engine.close()
+
+
+def test_tokens_are_those_of_one_process(engine: ProcessEngine) -> None:
+    expected = TorchEngine(tiny_model()).generate(requests(9), SamplingParams())
+    engine.release()
+    first = engine.generate(requests(9), SamplingParams())
+    engine.release()
+    again = engine.generate(requests(9), SamplingParams())
+    for one, two, other in zip(first, again, expected, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        np.testing.assert_array_equal(one.logprobs, two.logprobs)
+    assert engine.stats.decode_tokens == 2 * sum(len(completion.tokens) for completion in expected)
+
+
+def test_kin_meet_in_one_process_and_strangers_are_spread(engine: ProcessEngine) -> None:
+    engine.release()
+    groups = requests(4, seed=5, length=40)
+    asked = [
+        Request(request.tokens, seed=10 * i + j, max_tokens=4) for i, request in enumerate(groups) for j in range(4)
+    ]
+    first = engine.generate(asked, SamplingParams())
+    assert sum(completion.cached_tokens == 0 for completion in first) == 4
+    longer = [
+        Request(np.concatenate((request.tokens, done.tokens, [1, 2])), seed=1, max_tokens=3)
+        for request, done in zip(asked, first, strict=True)
+    ]
+    for request, completion in zip(longer, engine.generate(longer, SamplingParams()), strict=True):
+        assert completion.cached_tokens == len(request.tokens) - 3
+    assert sorted(set(engine._owner.values())) == [0, 1]
+
+
+def test_an_optimiser_changes_what_the_processes_see(engine: ProcessEngine) -> None:
+    model = engine._model
+    before = engine.generate(requests(2), SamplingParams(temperature=0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.1)
+    engine.load_weights(None, version=7)
+    after = engine.generate(requests(2), SamplingParams(temperature=0))
+    assert {completion.version for completion in after} == {7}
+    expected = TorchEngine(model).generate(requests(2), SamplingParams(temperature=0))
+    for one, other, old in zip(after, expected, before, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-5)
+        assert abs(one.logprobs[0] - old.logprobs[0]) > 1e-3
+
+
+def test_wrong_requests_are_refused_at_once(engine: ProcessEngine) -> None:
+    stream = engine.stream(SamplingParams())
+    with pytest.raises(UsageError, match="expected ids from 0 to"):
+        stream.add(Request(np.array([VOCABULARY]), seed=0, max_tokens=1))
+    stream.close()
+    with pytest.raises(UsageError, match="closed"):
+        stream.add(requests(1)[0])
+    with pytest.raises(UsageError, match="tokenizer"):
+        engine.generate(requests(1), SamplingParams(stop_strings=("a",)))
+
+
+def test_a_process_that_dies_is_an_error_and_nothing_is_left() -> None:
+    memory = set(Path("/dev/shm").glob("agentropy-*")) if Path("/dev/shm").is_dir() else set()
+    engine = ProcessEngine(tiny_model(), workers=2)
+    engine.generate(requests(2), SamplingParams())
+    processes = [worker.process for worker in engine._workers]
+    processes[1].kill()
+    processes[1].wait()
+    with pytest.raises(AgentropyError, match="process of the engine has ended"):
+        engine.generate(requests(4, seed=3), SamplingParams())
+    engine.close()
+    engine.close()
+    assert all(process.poll() is not None for process in processes)
+    assert not set(Path("/dev/shm").glob("agentropy-*")) - memory
+    with pytest.raises(UsageError, match="closed"):
+        engine.generate(requests(1), SamplingParams())
+
+
+def test_what_the_engine_refuses_is_told_by_the_first_use() -> None:
+    engine = ProcessEngine(tiny_model(), workers=1, max_batch=0)
+    with pytest.raises(UsageError, match="max_batch=0"):
+        engine.generate(requests(1), SamplingParams())
+    with pytest.raises(UsageError, match="1 or more"):
+        ProcessEngine(tiny_model(), workers=0)
+
+
+def test_shared_weights_are_one_memory_and_keep_what_is_tied() -> None:
+    model, other = tiny_model(), tiny_model(seed=1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    layout = share(model)
+    adopt(other, layout)
+    Path(layout.path).unlink()
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(0.5)
+    assert float(other.lm_head.weight[3, 3].detach()) == 0.5
