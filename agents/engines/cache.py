@@ -142,12 +142,21 @@ class PrefixCache:
         except OutOfBlocks:
             need = self._running[sequence]
             if sequence in self.tree:
-                self.kv.trim(sequence, usable)
-                del self._running[sequence]
-                return None
+                self.tree.remove(sequence)
+                self._abandon(sequence)
+                return self._afresh(context, need)
             self._abandon(sequence)
             return self._shrink(source, context, usable, need)
         return sequence, usable
+
+    def _afresh(self, context: Tokens, need: int) -> tuple[int, int] | None:
+        """Compute all of it: what is cached lies where it leaves no room to go on."""
+        try:
+            sequence = self._evicting(self.kv.new, ())
+        except OutOfBlocks:
+            return None
+        self._running[sequence] = need
+        return self._grow(sequence, context, 0)
 
     def _shrink(self, source: int | None, context: Tokens, usable: int, need: int) -> tuple[int, int] | None:
         """Continue in the source itself, forgetting what follows the prefix: there is no room beside it."""
@@ -160,7 +169,7 @@ class PrefixCache:
             self._append(np.array([source]), np.array([len(context) - usable]))
         except OutOfBlocks:
             self._abandon(source)
-            return None
+            return self._afresh(context, need)
         return source, usable
 
     def _abandon(self, sequence: int) -> None:
