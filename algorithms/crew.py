@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 import torch
@@ -47,8 +47,10 @@ class Crew:
             with torch.set_grad_enabled(grad):
                 return [task(item, *self._modules[number]) for item in items[number :: self.size]]
 
-        shares = [future.result() for future in [self._pool.submit(share, number) for number in range(self.size)]]
-        self._gather()
+        futures = [self._pool.submit(share, number) for number in range(self.size)]
+        wait(futures)
+        self._gather()  # also where one has failed, so that no copy keeps a gradient
+        shares = [future.result() for future in futures]
         return [shares[place % self.size][place // self.size] for place in range(len(items))]
 
     def close(self) -> None:

@@ -57,8 +57,9 @@ def token_statistics(
     head = model.get_output_embeddings()  # type: ignore[operator]
     vocabulary = head.weight.shape[0]
     if pack is not None:
-        pairs, shared = torch.unique(wanted * vocabulary + target, return_inverse=True)
-        wanted, target = pairs // vocabulary, pairs % vocabulary
+        # Not by the vocabulary: a token beyond it would pass for one of the next position.
+        pairs, shared = torch.unique((wanted << 32) + target, return_inverse=True)
+        wanted, target = pairs >> 32, pairs & (1 << 32) - 1
     large = len(target) * vocabulary > _MATERIALISED
     hidden: Tensor | None = None
     if pack is not None and llama.supports(model):

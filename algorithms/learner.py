@@ -296,6 +296,8 @@ class Learner:
 
     def _adamw(self, module: nn.Module, lr: float) -> torch.optim.AdamW:
         groups = _decay_groups(module, self.config.weight_decay)
+        if not groups:
+            raise UsageError(f"all parameters of {type(module).__name__} are frozen; expected one that is trained")
         return torch.optim.AdamW(groups, lr=lr, betas=self.config.betas, fused=True)
 
     def _optimise(self, batch: Minibatch, objective: Objective, critic: Critic | None = None) -> dict[str, Tensor]:
@@ -312,7 +314,13 @@ class Learner:
             loss.backward()
             return metrics
 
-        merged = merge_metrics(self._crew().run(learn, work))
+        try:
+            merged = merge_metrics(self._crew().run(learn, work))
+        except BaseException:  # what was added up so far must not join the next step
+            for module in (self.model, self.critic):
+                if module is not None:
+                    module.zero_grad(set_to_none=True)
+            raise
         self._computed += sum(part.computed for part in work)
         self._read += sum(int((part.batch.extent - 1).sum()) for part in work)
         lr = self.config.lr_at(self.step)

@@ -63,6 +63,31 @@ def test_an_error_in_a_thread_is_the_callers():
     crew.close()
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_update_that_fails_leaves_nothing_to_the_next(workers, monkeypatch):
+    batch, found = batch_of(5, trees=4, members=4), []
+    for failing in (False, True):
+        model = tiny_model()
+        learner = Learner(model, recipe("grpo"), LearnerConfig(lr=1e-3, micro_batch_tokens=32, workers=workers))
+        if failing:
+            calls = []
+            original = learner.recipe.loss
+
+            def loss(*arguments, calls=calls, original=original):
+                calls.append(None)
+                if len(calls) == 4:
+                    raise ValueError("no")
+                return original(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(learner.recipe, "loss", loss)
+                with pytest.raises(ValueError, match="no"):
+                    learner.update(batch)
+        found.append(learner.update(batch)["grad_norm"])
+        learner.close()
+    assert found[0] == found[1]
+
+
 def test_threads_end_with_the_crew():
     crew = Crew([tied()], 2)
     crew.run(forward, [torch.tensor([1]), torch.tensor([2])])

@@ -57,6 +57,11 @@ def drop_times(metrics):
     return {name: value for name, value in metrics.items() if "second" not in name}
 
 
+def test_a_frozen_model_is_named():
+    with pytest.raises(UsageError, match="all parameters of LlamaForCausalLM are frozen"):
+        Learner(tiny_model().requires_grad_(False))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_statistics_equal_those_of_each_row_alone(temperature):
     model, batch = tiny_model(), token_batch()

@@ -121,6 +121,16 @@ def test_statistics_and_gradients_equal_those_of_every_branch_alone(
         torch.testing.assert_close(one, other, rtol=0, atol=tolerance * max(1.0, float(other.abs().max())))
 
 
+def test_a_token_outside_the_vocabulary_is_no_other_token():
+    tokens = torch.tensor([[7, 8, VOCABULARY, 0], [7, 8, 9, 10]])
+    mask = torch.tensor([[False, True, True, False], [False, True, True, True]])
+    batch = Minibatch(mask=mask, tokens=tokens)
+    for packed in (False, True):
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            for part in parts(batch, 100, packed=packed):
+                token_statistics(tiny_model(), part.batch.tokens, part.batch.mask, pack=part.pack)
+
+
 def test_a_soft_cap_is_seen_before_the_logits_are_large(monkeypatch):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
