@@ -34,10 +34,10 @@ _CLOSE_SECONDS = 5.0
 class ProcessEngine:
     """``TorchEngine`` in ``workers`` processes of one thread each; see ``Engine``.
 
-    A request goes to the process that has the longest prefix of its context, a new one to the process with the least to
-    do; so members of a group and turns of an episode meet their keys. Which process that is depends on the calls so far
-    alone, and so do the results. The module's parameters are moved to shared memory, where an optimiser changes them in
-    place: nothing is sent when weights are loaded.
+    A request whose context contains the first one of a family goes to that family's process, a new one to the process
+    with the least to do; so members of a group and turns of an episode meet their keys. Which process that is depends
+    on the calls so far alone, and so do the results. The module's parameters are moved to shared memory, where an
+    optimiser changes them in place: nothing is sent when weights are loaded.
     """
 
     def __init__(self, model: nn.Module, tokenizer: Tokenizer | None = None, *, workers: int, **options: Any) -> None:
@@ -62,7 +62,8 @@ class ProcessEngine:
         self.exact = options.get("dtype") in (None, parameter.dtype)
         self.stats = EngineStats()
         self._known = RadixTree()
-        self._owner: dict[int, int] = {}
+        self._owner: dict[int, tuple[int, int]] = {}
+        """Of each known sequence the process, and the length of its family's first context."""
         layout = share(model)
         self._path = layout.path
         setup = {
@@ -142,7 +143,6 @@ class ProcessEngine:
             for prefix in prefixes:
                 for sequence in list(self._known.below(prefix)):
                     self._known.remove(sequence)
-                    del self._owner[sequence]
         self.ask("release", prefixes)
 
     def close(self) -> None:
@@ -161,13 +161,15 @@ class ProcessEngine:
     def place(self, context: Tokens, load: Sequence[int]) -> int:
         """The process that a request goes to; ``load`` counts what each has to do."""
         ends, shared = self._known.match(context)
-        owner = self._owner[ends[0]] if shared else load.index(min(load))
-        if len(self._owner) >= _KNOWN:
-            self._forget()
-        if not shared or shared < len(context):
-            number = len(self._owner)
+        owner, root = self._owner[ends[0]] if shared else (0, 1)
+        if shared < root:  # what all tasks begin with is no kinship
+            owner, root = load.index(min(load)), len(context)
+        if shared < len(context):
+            if len(self._owner) >= _KNOWN:
+                self._forget()
+            number = len(self._owner)  # of released ones, too: numbers are not used again
             self._known.insert(number, context)
-            self._owner[number] = owner
+            self._owner[number] = owner, root
         return owner
 
     def _forget(self) -> None:

@@ -48,19 +48,21 @@ def test_tokens_are_those_of_one_process(engine: ProcessEngine) -> None:
 
 def test_kin_meet_in_one_process_and_strangers_are_spread(engine: ProcessEngine) -> None:
     engine.release()
-    groups = requests(4, seed=5, length=40)
+    header = np.arange(30)  # that all of them begin with
+    groups = [Request(np.concatenate((header, r.tokens)), r.seed, r.max_tokens) for r in requests(4, seed=5, length=10)]
     asked = [
         Request(request.tokens, seed=10 * i + j, max_tokens=4) for i, request in enumerate(groups) for j in range(4)
     ]
     first = engine.generate(asked, SamplingParams())
-    assert sum(completion.cached_tokens == 0 for completion in first) == 4
+    owners = [engine.place(request.tokens, [0, 0]) for request in groups]
+    assert sorted(owners) == [0, 0, 1, 1]
     longer = [
         Request(np.concatenate((request.tokens, done.tokens, [1, 2])), seed=1, max_tokens=3)
         for request, done in zip(asked, first, strict=True)
     ]
     for request, completion in zip(longer, engine.generate(longer, SamplingParams()), strict=True):
         assert completion.cached_tokens == len(request.tokens) - 3
-    assert sorted(set(engine._owner.values())) == [0, 1]
+    assert {owner for owner, _ in engine._owner.values()} == {0, 1}
 
 
 def test_an_optimiser_changes_what_the_processes_see(engine: ProcessEngine) -> None:
