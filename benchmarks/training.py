@@ -195,7 +195,7 @@ def show(console: Console, title: str, results: dict[str, dict[str, float]]) -> 
     """Print one table."""
     table = Table(title=title)
     table.add_column("", no_wrap=True)
-    for heading in ("seconds", "x unique", "peak MB", "x unique", "tokens\ncomputed", "gradient norm"):
+    for heading in ("seconds", "slower", "peak\nMB", "larger", "tokens\ncomputed", "gradient\nnorm"):
         table.add_column(heading, justify="right", no_wrap=True)
     for variant, row in results.items():
         share = row["tokens/unique_ratio"]
