@@ -27,7 +27,7 @@ from transformers.utils import logging
 from ..agents.branching import Branching
 from ..agents.engines.base import Engine, SamplingParams
 from ..agents.engines.process_engine import ProcessEngine
-from ..agents.engines.torch_engine import TorchEngine
+from ..agents.engines.torch_engine import SMALL_PARAMETERS, TorchEngine
 from ..agents.formats import make_format
 from ..agents.messages import Format
 from ..agents.models import build_small_model, compose_names, load_model, place
@@ -42,8 +42,6 @@ from ..errors import UsageError, nearest
 
 MANY_EPISODES = 64
 """Of a step, for which starting processes pays."""
-SMALL_PARAMETERS = 20_000_000
-"""Of models whose matrices are too small for several threads to share one product well."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import available, product
+from .linear import product, serves
 
 
 def norm_linear(x: Tensor, scale: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -49,9 +49,7 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    if a.dtype == torch.float32 and a.device.type == "cpu" and available():
-        return product(a, b, bias)
-    return F.linear(a, b, bias)
+    return product(a, b, bias) if serves(a) else F.linear(a, b, bias)
 
 
 class _NormLinear(torch.autograd.Function):

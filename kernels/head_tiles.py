@@ -9,12 +9,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import linear
 from .logprob import FLOOR, statistics_dtype
 
 _TILES = {"cpu": (1024, 2048), "cuda": (4096, 16384)}
@@ -212,11 +212,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float64 or a.numel() == 0 or b.numel() == 0:
         return a @ b.T
     if a.dtype == torch.float32:
-        if a.device.type == "cpu" and _onednn():
-            # Twice as fast as `@`, which takes MKL, on processors that are not Intel's (Zen 5: 210 against 97 GFLOP/s
-            # per core), and as fast on those.
-            return torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
-        return a @ b.T
+        return linear.product(a, b) if linear.serves(a) else a @ b.T
     if a.is_cuda:
         return torch.mm(a, b.T, out_dtype=torch.float32)
     return (a @ b.T).float()
@@ -239,11 +235,6 @@ def _native(x: Tensor) -> bool:
 def _widen(x: Tensor) -> Tensor:
     """``x`` in a type whose products are not rounded below fp32."""
     return x if x.is_cuda and _native(x) else x.to(statistics_dtype(x))
-
-
-@functools.cache
-def _onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def _tile_sizes(x: Tensor) -> tuple[int, int]:
