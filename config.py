@@ -163,8 +163,8 @@ class EngineConfig(Section):
     """Type of the weights that sample; that of the weights that are trained by default."""
     workers: int | None = Field(None, ge=1)
     """Processes among which the built-in engine deals out a run's rollouts, sharing the weights; 1 is the trainer's
-    own. When unset: ``threads`` for steps of at least 64 episodes of a model of at most 20 M parameters on the CPU,
-    whose operations are too short to be shared by threads, else 1."""
+    own. When unset: half of ``threads`` for steps of at least 64 episodes of a model of at most 20 M parameters on the
+    CPU, whose operations are too short to be shared by threads, else 1."""
     options: dict[str, Any] = {}
     """Further arguments of the engine's constructor, such as ``cache_tokens`` of the built-in one."""
     correction: Literal["auto", "none", "truncate", "mask"] = "auto"

@@ -183,7 +183,7 @@ def _torch() -> Check:
 
 def _triton() -> Check:
     if find_spec("triton") is None:
-        detail = "kernels run in their torch form; their Triton form needs a CUDA device, whose torch brings triton"
+        detail = "kernels run in their forms for CPUs; their Triton form needs a CUDA device, whose torch brings triton"
         return Check("triton", "missing", detail)
     return Check("triton", "ok", f"triton {_version('triton')}")
 

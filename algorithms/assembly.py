@@ -174,7 +174,10 @@ def engine_workers(config: RunConfig, model: nn.Module, device: torch.device) ->
     if config.engine.workers is not None:
         return config.engine.workers
     episodes = config.train.tasks_per_step * config.train.group_size
-    return update_workers(config, model, device) if episodes >= MANY_EPISODES and config.train.steps else 1
+    if episodes < MANY_EPISODES or not config.train.steps:
+        return 1
+    # Environments and this process have work of their own: on two cores one engine is faster than two.
+    return max(1, update_workers(config, model, device) // 2)
 
 
 def make_engine(agent: Agent, config: EngineConfig | None = None, workers: int = 1) -> Engine:

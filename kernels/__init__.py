@@ -1,7 +1,7 @@
 """Tensor operations, each a function with a plain torch form and fp32 statistics whatever the input type.
 
-Where a second form in Triton exists it gives the same numbers to rounding; ``dispatch`` chooses. No operation waits for
-the device or adds in an order that varies, and no row's result depends on another row.
+Where a second form in Triton (GPUs) or numba (CPUs) exists it gives the same numbers to rounding; ``dispatch``
+chooses. No operation waits for the device or adds in an order that varies, and no row's result depends on another row.
 
 - ``dispatch``: which form runs.
 - ``logprob``: log-probability and entropy of given targets from logits, differentiable.
@@ -11,6 +11,6 @@ the device or adds in an order that varies, and no row's result depends on anoth
 - ``segments``: sums, returns and advantages over turns, trajectories and groups.
 - ``trees``, ``tree_attention``: rows that share prefixes, packed, and attention over them; ``attention_pieces`` is what
   its torch form is made of.
-- ``linear``, ``blocks``: linear layers and the elementwise parts of a Llama block for updates on a CPU.
-- ``paged``: keys and values in blocks that sequences share.
+- ``linear``, ``blocks``: linear layers and the elementwise parts of a Llama block on a CPU.
+- ``paged``, ``paged_attention``: keys and values in blocks that sequences share, and attention over them.
 """

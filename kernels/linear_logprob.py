@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
 from . import head_tiles
-from .dispatch import Backend, resolve
+from .dispatch import Backend, Form, resolve
 from .head_tiles import Head
 from .logprob import check_temperature, inverse_temperature, row_gradient, row_statistics
 
@@ -222,7 +222,7 @@ def _check_range(name: str, what: str, index: Tensor, size: int) -> None:
         raise UsageError(f"{name}: {what} has {int(index.min())} to {int(index.max())}; expected 0 to {size - 1}")
 
 
-def _form(hidden: Tensor, weight: Tensor, target: Tensor, backend: Backend) -> Literal["torch", "triton"]:
+def _form(hidden: Tensor, weight: Tensor, target: Tensor, backend: Backend) -> Form:
     form = resolve(backend, hidden, weight, target)
     if form == "triton" and hidden.dtype not in (torch.bfloat16, torch.float16):
         if backend == "triton" and hidden.dtype == torch.float64:
@@ -335,7 +335,7 @@ class _LinearPolicyLoss(torch.autograd.Function):
         temperature: float | Tensor,
         head: Head,
         token_loss: TokenLoss,
-        form: Literal["torch", "triton"],
+        form: Form,
     ) -> tuple[Tensor, Tensor, Tensor]:
         x = hidden if rows is None else hidden[rows]
         needs = ctx.needs_input_grad[:3]

@@ -8,14 +8,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..errors import UsageError
-from .dispatch import Backend, resolve
+from .dispatch import Backend, Form, resolve
 
 _CHUNK_ELEMENTS = 1 << 21
 """Logits worked on at a time: 8 MB in fp32, so that the temporaries stay in the last-level cache."""
@@ -112,7 +112,7 @@ def check_temperature(operation: str, temperature: float | Tensor, rows: int) ->
         raise UsageError(f"{operation}: temperature is {temperature}; expected > 0")
 
 
-def _form(logits: Tensor, target: Tensor, backend: Backend) -> Literal["torch", "triton"]:
+def _form(logits: Tensor, target: Tensor, backend: Backend) -> Form:
     form = resolve(backend, logits, target)
     if form == "triton" and logits.dtype == torch.float64:
         if backend == "triton":
@@ -121,9 +121,7 @@ def _form(logits: Tensor, target: Tensor, backend: Backend) -> Literal["torch", 
     return form
 
 
-def row_statistics(
-    logits: Tensor, target: Tensor, temperature: float | Tensor, form: Literal["torch", "triton"]
-) -> RowStatistics:
+def row_statistics(logits: Tensor, target: Tensor, temperature: float | Tensor, form: Form) -> RowStatistics:
     """Return the statistics of logits [N, V]; no gradient is recorded."""
     if form == "triton":
         from ._triton import logprob as kernels
@@ -155,7 +153,7 @@ def row_gradient(
     grad_logprob: Tensor | None,
     grad_entropy: Tensor | None,
     out: Tensor,
-    form: Literal["torch", "triton"],
+    form: Form,
 ) -> None:
     """Write the gradient with respect to logits [N, V] to ``out``, which may be ``logits`` and may have another type.
 

@@ -4,6 +4,7 @@
 - ``OutOfBlocks``: no block is free.
 - ``PagedKV``: the blocks of every layer and the table of every sequence.
 - ``copy_blocks``: copies of many blocks at once.
+- ``rotate_and_store``: rotary positions, and keys and values to their places.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import UsageError
+from .dispatch import Backend, resolve
 
 _NONE = -1
+_FIRST_WIDTH = 16
 
 
 @dataclass(frozen=True)
@@ -38,18 +41,15 @@ class PagedKV:
     """Blocks of keys and values, and which of them each sequence reads.
 
     A block is ``block`` positions of all heads. A fork shares its parent's blocks; whoever writes into a block that
-    others read gets a copy first. Blocks come in stripes of ``stripe``: the i-th block of a sequence is the i-th of
-    some stripe, so that what a sequence writes itself lies in one piece and is read through a view. With
-    ``stripe=1`` any block serves any place. Memory is zeroed: the operating system provides it when it is written,
-    and positions that are masked out stay finite.
+    others read gets a copy first. Memory is zeroed: the operating system provides it when it is written, and
+    positions that are masked out stay finite. Blocks that were given back last are taken first: they are in memory.
 
     Attributes:
-        keys: per layer [stripes, heads, stripe x block, key_size]; ``values`` likewise. With ``stripe=1`` there is
-            one more block at the end, which belongs to nobody.
-        store: all of them in one tensor, the keys of every layer first; ``None`` where layers differ.
+        keys: per layer [blocks + 1, heads, block, key_size]; on a CPU the positions of a block are innermost in
+            memory, see ``ragged_attention``. The last block belongs to nobody: padded rows of a batch may write there.
+        values: per layer [blocks + 1, heads, block, value_size].
         tables: int64[sequences, blocks of the longest], the block of every place, -1 where there is none.
         length: int64[sequences], tokens in use.
-        home: int64[sequences], the stripe that the sequence writes to, or -1.
         references: int64[blocks], how many tables name each block.
     """
 
@@ -59,70 +59,46 @@ class PagedKV:
         *,
         blocks: int,
         block: int = 16,
-        stripe: int = 1,
         sequences: int,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        """Make room for ``blocks`` blocks, a multiple of ``stripe``, and ``sequences`` sequences.
+        """Make room for ``blocks`` blocks and ``sequences`` sequences.
 
         Raises:
-            UsageError: a number is not positive, or the stripes are not whole.
+            UsageError: a number is not positive.
         """
-        if min(blocks, block, stripe, sequences) < 1 or blocks % stripe:
-            raise UsageError(
-                f"PagedKV: blocks={blocks}, block={block}, stripe={stripe}, sequences={sequences}; "
-                "expected positive numbers and a multiple of stripe blocks"
-            )
+        if min(blocks, block, sequences) < 1:
+            raise UsageError(f"PagedKV: blocks={blocks}, block={block}, sequences={sequences}; expected at least 1")
         self.layers = tuple(layers)
         self.block = block
-        self.stripe = stripe
         self.device = torch.device(device)
         self.dtype = dtype
-        self._shape(blocks // stripe)
+        inner = self.device.type == "cpu"
+        self.keys = [self._zeros(blocks + 1, layer.heads, layer.key_size, inner) for layer in self.layers]
+        self.values = [self._zeros(blocks + 1, layer.heads, layer.value_size, False) for layer in self.layers]
         self.references = np.zeros(blocks, dtype=np.int64)
-        self.tables = np.full((sequences, stripe if stripe > 1 else 16), _NONE, dtype=np.int64)
+        self.tables = np.full((sequences, _FIRST_WIDTH), _NONE, dtype=np.int64)
         self.length = np.zeros(sequences, dtype=np.int64)
-        self.home = np.full(sequences, _NONE, dtype=np.int64)
         self._alive = np.zeros(sequences, dtype=bool)
-        # Per stripe: references to its blocks, and one for the sequence that writes to it.
-        self._held = np.zeros(blocks // stripe, dtype=np.int64)
         self._copies: dict[int, int] = {}
-        # Without stripes: blocks that nobody reads, the next to take last.
-        self._free = list(range(blocks))[::-1] if stripe == 1 else []
+        # Blocks that nobody reads, the next to take last.
+        self._free = list(range(blocks))[::-1]
 
-    def _shape(self, stripes: int) -> None:
-        # One more block where padded rows of a batch may write.
-        rows = stripes + 1 if self.stripe == 1 else stripes
-
-        def zeros(heads: int, size: int, *more: int) -> Tensor:
-            shape = (*more, rows, heads, self.stripe * self.block, size)
-            return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-        first = self.layers[0]
-        self.store = None
-        if all(layer == first and layer.value_size == first.key_size for layer in self.layers):
-            self.store = zeros(first.heads, first.key_size, 2 * len(self.layers))
-            tensors = list(self.store.unbind())
-            self.keys, self.values = tensors[: len(self.layers)], tensors[len(self.layers) :]
-            return
-        self.keys = [zeros(layer.heads, layer.key_size) for layer in self.layers]
-        self.values = [zeros(layer.heads, layer.value_size) for layer in self.layers]
-
-    @property
-    def stripes(self) -> int:
-        """Number of stripes."""
-        return len(self._held)
+    def _zeros(self, blocks: int, heads: int, size: int, inner: bool) -> Tensor:
+        shape = (blocks, heads, size, self.block) if inner else (blocks, heads, self.block, size)
+        if inner or self.device.type == "cpu":
+            # numpy leaves zeroing to the operating system, torch writes all of it.
+            size_of = self.dtype.itemsize
+            found = torch.from_numpy(np.zeros(np.prod(shape) * size_of, dtype=np.uint8)).view(self.dtype).view(shape)
+        else:
+            found = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        return found.mT if inner else found
 
     @property
     def used(self) -> int:
         """Number of blocks that some sequence reads."""
         return int(np.count_nonzero(self.references))
-
-    @property
-    def occupied(self) -> int:
-        """Number of stripes in which some block is read or that some sequence writes to."""
-        return int(np.count_nonzero(self._held))
 
     def new(self) -> int:
         """Return an empty sequence.
@@ -147,7 +123,6 @@ class PagedKV:
         shared = self.tables[parent, :count]
         self.tables[child, :count] = shared
         self.references[shared] += 1
-        np.add.at(self._held, shared // self.stripe, 1)
         self.length[child] = length
         return child
 
@@ -156,23 +131,15 @@ class PagedKV:
 
         Raises:
             OutOfBlocks: nothing is lost; free a sequence and call again for those whose length has not grown.
-            UsageError: a sequence would outgrow its stripe.
         """
         starts = self.length[sequences]
         ends = starts + counts
-        if self.stripe > 1 and len(ends) and int(ends.max()) > self.stripe * self.block:
-            raise UsageError(f"PagedKV: a sequence of {ends.max()} tokens; expected at most {self.stripe * self.block}")
-        if self.stripe == 1:
-            self._widen_tables(-(-int(ends.max(initial=0)) // self.block))
+        self._widen_tables(-(-int(ends.max(initial=0)) // self.block))
         last = (ends - 1) // self.block
         written = self.tables[sequences, np.minimum(starts // self.block, self.tables.shape[1] - 1)]
         ready = (starts % self.block > 0) & (starts // self.block == last) & (self.references[written] == 1)
-        if self.stripe > 1:
-            ready &= written // self.stripe == self.home[sequences]
         for i in np.flatnonzero(~ready):
             sequence, start = int(sequences[i]), int(starts[i])
-            if self.stripe > 1:
-                self._in_one_piece(sequence, start // self.block, int(last[i]) + 1)
             if start % self.block:
                 self._own(sequence, start // self.block)
             for place in range(-(-start // self.block), int(last[i]) + 1):
@@ -194,44 +161,18 @@ class PagedKV:
     def _own(self, sequence: int, place: int) -> None:
         """Give the sequence a block of its own at ``place``, with what its present block holds."""
         old = int(self.tables[sequence, place])
-        if self.references[old] == 1 and (self.stripe == 1 or old // self.stripe == self.home[sequence]):
+        if self.references[old] == 1:
             return
         self._take(sequence, place)
         self._copy(old, int(self.tables[sequence, place]))
         self._drop(np.array([old]))
 
-    def _in_one_piece(self, sequence: int, first: int, end: int) -> None:
-        """Move to a fresh stripe where others hold a block of the present one at these places."""
-        home = int(self.home[sequence])
-        if home != _NONE:
-            blocks = home * self.stripe + np.arange(first, end)
-            if (self.references[blocks] > (self.tables[sequence, first:end] == blocks)).any():
-                self._move(sequence)
-
-    def _move(self, sequence: int) -> None:
-        """Let the sequence write to a stripe of which nobody reads anything."""
-        fresh = int(self._held.argmin())
-        if self._held[fresh]:
-            raise OutOfBlocks
-        if self.home[sequence] != _NONE:
-            self._held[self.home[sequence]] -= 1
-        self.home[sequence] = fresh
-        self._held[fresh] += 1
-
     def _take(self, sequence: int, place: int) -> None:
-        if self.stripe == 1:
-            if not self._free:
-                raise OutOfBlocks
-            block = self._free.pop()
-        else:
-            home = int(self.home[sequence])
-            if home == _NONE or self.references[home * self.stripe + place]:
-                # The stripe's block at this place belongs to others: what follows goes to a fresh stripe.
-                self._move(sequence)
-            block = int(self.home[sequence]) * self.stripe + place
+        if not self._free:
+            raise OutOfBlocks
+        block = self._free.pop()
         self.tables[sequence, place] = block
         self.references[block] = 1
-        self._held[block // self.stripe] += 1
         self._copies.pop(block, None)
 
     def _copy(self, source: int, target: int) -> None:
@@ -239,9 +180,7 @@ class PagedKV:
 
     def _drop(self, blocks: NDArray[np.int64]) -> None:
         self.references[blocks] -= 1
-        if self.stripe == 1:
-            self._free.extend(blocks[self.references[blocks] == 0].tolist())
-        np.subtract.at(self._held, blocks // self.stripe, 1)
+        self._free.extend(blocks[self.references[blocks] == 0].tolist())
 
     def trim(self, sequence: int, length: int) -> None:
         """Forget the tokens of a sequence after the first ``length``."""
@@ -254,42 +193,18 @@ class PagedKV:
     def free(self, sequence: int) -> None:
         """Give a sequence's blocks back; those that others share stay."""
         self.trim(sequence, 0)
-        if self.home[sequence] != _NONE:
-            self._held[self.home[sequence]] -= 1
-        self.home[sequence] = _NONE
         self._alive[sequence] = False
-
-    def settle(self, sequence: int) -> bool:
-        """Copy what a sequence reads elsewhere to its own stripe; return whether all of it could be.
-
-        Raises:
-            OutOfBlocks: the sequence has no stripe yet and none is free.
-        """
-        count = -(-int(self.length[sequence]) // self.block)
-        table = self.tables[sequence, :count]
-        if self.home[sequence] == _NONE and count:
-            self._move(sequence)
-        own = self.home[sequence] * self.stripe + np.arange(count)
-        places = np.flatnonzero(table != own)
-        if self.references[own[places]].any():
-            return False
-        for place in places.tolist():
-            old = int(table[place])
-            self._take(sequence, place)
-            self._copy(old, int(table[place]))
-            self._drop(np.array([old]))
-        return True
 
     def flush(self) -> None:
         """Carry out the copies that wait; call before keys are written or read."""
         if not self._copies:
             return
         pairs = np.array(list(self._copies.items()), dtype=np.int64)
-        copy_blocks((*self.keys, *self.values), pairs[:, 1], pairs[:, 0], self.stripe, self.block)
+        copy_blocks((*self.keys, *self.values), pairs[:, 1], pairs[:, 0])
         self._copies = {}
 
     def addresses(self, sequences: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where tokens lie, stripe x (stripe x block) + offset, for parallel vectors of any shape."""
+        """Return where tokens lie, number of the block x ``block`` + offset, for parallel vectors of any shape."""
         return self.tables[sequences, positions // self.block] * self.block + positions % self.block
 
     def zero(self) -> None:
@@ -297,60 +212,71 @@ class PagedKV:
         for tensor in (*self.keys, *self.values):
             tensor.zero_()
 
-    def widen(self, stripe: int, stripes: int) -> None:
-        """Change the shape to ``stripes`` stripes of ``stripe`` blocks, at least as many as are in use.
-
-        Raises:
-            UsageError: what is in use does not fit.
-        """
-        self.flush()
-        kept = np.flatnonzero(self._held)
-        if stripe < self.stripe or len(kept) > stripes or self.stripe == 1:
-            raise UsageError(f"PagedKV: {len(kept)} stripes of {self.stripe} blocks in use; expected room for them")
-        number = np.full(self.stripes, _NONE, dtype=np.int64)
-        number[kept] = np.arange(len(kept))
-        old = self.stripe
-        references = np.zeros((stripes, stripe), dtype=np.int64)
-        references[: len(kept), :old] = self.references.reshape(-1, old)[kept]
-        used = np.flatnonzero(references.any(axis=0))
-        top = (int(used[-1]) + 1 if len(used) else 0) * self.block
-        held = np.zeros(stripes, dtype=np.int64)
-        held[: len(kept)] = self._held[kept]
-        tables = np.full((len(self.tables), stripe), _NONE, dtype=np.int64)
-        tables[:, : self.tables.shape[1]] = np.where(
-            self.tables == _NONE, _NONE, number[self.tables // old] * stripe + self.tables % old
-        )
-        self.tables, self.references, self._held = tables, references.ravel(), held
-        self.home = np.where(self.home == _NONE, _NONE, number[self.home])
-        self.stripe = stripe
-        before = (*self.keys, *self.values)
-        self._shape(stripes)
-        rows = torch.from_numpy(kept).to(self.device)
-        for tensor, wide in zip(before, (*self.keys, *self.values), strict=True):
-            wide[: len(kept), :, :top] = tensor[rows, :, :top]
-
     def _widen_tables(self, width: int) -> None:
         if width > self.tables.shape[1]:
             extra = max(width, 2 * self.tables.shape[1]) - self.tables.shape[1]
             self.tables = np.pad(self.tables, ((0, 0), (0, extra)), constant_values=_NONE)
 
 
-def copy_blocks(
-    tensors: Sequence[Tensor], sources: NDArray[np.int64], targets: NDArray[np.int64], stripe: int, block: int
-) -> None:
-    """Copy blocks inside each of ``tensors`` [stripes, heads, stripe x block, D]; all are read before any is written.
+def copy_blocks(tensors: Sequence[Tensor], sources: NDArray[np.int64], targets: NDArray[np.int64]) -> None:
+    """Copy blocks inside each of ``tensors`` [N, heads, block, D]; all are read before any is written.
 
     Args:
         tensors: changed in place.
         sources: int64[n], blocks to read.
         targets: int64[n], distinct blocks to write.
-        stripe: blocks per stripe.
-        block: positions per block.
     """
-    device = tensors[0].device
-    read, write = (
-        tuple(torch.from_numpy(part).to(device) for part in np.divmod(ids, stripe)) for ids in (sources, targets)
-    )
+    read, write = (torch.from_numpy(blocks).to(tensors[0].device) for blocks in (sources, targets))
     for tensor in tensors:
-        blocks = tensor.unflatten(2, (stripe, block))
-        blocks[write[0], :, write[1]] = blocks[read[0], :, read[1]]
+        tensor[write] = tensor[read]
+
+
+def rotate_and_store(
+    qkv: Tensor,
+    heads: int,
+    rotation: Tensor,
+    positions: Tensor,
+    places: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Turn queries and keys by their positions and write keys and values to the cache; returns queries [T, Hq, D].
+
+    Args:
+        qkv: [T, Hq + 2 Hk, D]; neighbours are the pairs that are turned.
+        heads: Hq.
+        rotation: complex64[P, D / 2].
+        positions: int64[T].
+        places: int64[T], as ``PagedKV.addresses`` gives them.
+        keys: [N, Hk, block, D], changed in place.
+        values: [N, Hk, block, D], changed in place.
+        backend: "torch", "numba" (blocks of 16, positions innermost) or "auto".
+
+    Returns:
+        In the type of ``qkv``; fp32 for bf16 from the numba form.
+    """
+    if resolve(backend, qkv, keys, numba=inner_positions(keys)) == "numba":
+        from ._numba import paged
+        from ._numba.arrays import as_array
+
+        wide = qkv.dtype if qkv.dtype == torch.float64 else torch.float32
+        query = torch.empty(len(qkv), heads, qkv.shape[2], dtype=wide)
+        turns = torch.view_as_real(rotation).flatten(1)
+        parts = (qkv, turns, positions, places, keys.mT, values, query)
+        paged.rotate_and_store(*(as_array(part) for part in parts))
+        return query
+    both, block = heads + keys.shape[1], keys.shape[2]
+    turned = torch.view_as_complex(qkv[:, :both].float().unflatten(-1, (-1, 2))) * rotation[positions][:, None]
+    qk = torch.view_as_real(turned).flatten(-2).to(qkv.dtype)
+    where, offset = places // block, places % block
+    keys[where, :, offset] = qk[:, heads:]
+    values[where, :, offset] = qkv[:, both:]
+    return qk[:, :heads]
+
+
+def inner_positions(keys: Tensor) -> bool:
+    """Whether the 16 positions of each block of keys [N, heads, 16, D] are innermost in memory, for the numba forms."""
+    kept = keys.dtype in (torch.float32, torch.float64, torch.bfloat16)
+    return kept and keys.shape[2] == 16 and keys.mT.is_contiguous()

@@ -1,5 +1,6 @@
-"""Attention of one query per sequence over blocks of keys and values.
+"""Attention over blocks of keys and values.
 
+- ``ragged_attention``: the last tokens, one or many, of each sequence over its blocks.
 - ``merge_lse``: attention over two sets of keys from attention over each.
 - ``paged_decode``: one query per sequence over its blocks.
 - ``cascade_decode``: likewise, reading a prefix that several sequences share once.
@@ -8,12 +9,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
 from .dispatch import Backend, resolve
+from .paged import inner_positions
 
 
 def merge_lse(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +154,89 @@ def cascade_decode(
             head[rows] = out.view(heads, size, -1, out.shape[2]).transpose(0, 1).flatten(1, 2)
             head_lse[rows] = lse.view(heads, size, -1).transpose(0, 1).flatten(1, 2)
     return merge_lse(head, head_lse, tail, tail_lse)[0]
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    *,
+    scale: float | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Causal attention of the last ``counts[i]`` tokens of each sequence, which its blocks hold already.
+
+    The numba form reads blocks of 16 positions that are innermost in memory, as ``PagedKV`` keeps them on a CPU; it
+    does without padding and gathering, and shares long calls among torch's number of threads.
+
+    Args:
+        query: [T, Hq, D], row after row; those beyond the sum of ``counts`` are padding, and give zeros.
+        keys: [N, Hk, block, D].
+        values: [N, Hk, block, Dv].
+        tables: int64[n, W] on the CPU, the blocks of each row; entries that no position needs may hold anything.
+        starts: int64[n] on the CPU, tokens before the queries.
+        counts: int64[n] on the CPU, at least 1.
+        scale: of the scores; 1 / sqrt(D) by default.
+        backend: "torch", "numba" or "auto".
+
+    Returns:
+        out [T, Hq, Dv] in the type of ``query`` and the log-sum-exps [T, Hq] in fp32, float64 for float64.
+
+    Raises:
+        UsageError: shapes do not fit.
+    """
+    rows = len(starts)
+    if query.dim() != 3 or keys.dim() != 4 or tables.shape[:1] != (rows,) or query.shape[1] % keys.shape[1]:
+        raise UsageError(
+            f"ragged_attention: query {tuple(query.shape)}, keys {tuple(keys.shape)}, tables {tuple(tables.shape)} for "
+            f"{rows} rows; expected [T, Hq, D], [N, Hk, block, D] with Hk dividing Hq, and [rows, W]"
+        )
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    fits = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
+    if resolve(backend, query, keys, values, numba=fits) == "numba":
+        return _ragged_numba(query, keys, values, tables, starts, counts, scale)
+    out = query.new_empty(*query.shape[:2], values.shape[3])
+    lse = _statistics(query.new_empty(0)).new_empty(query.shape[:2])
+    first = int(counts.sum())
+    out[first:], lse[first:] = 0, -torch.inf
+    first = 0
+    for table, start, count in zip(tables, starts.tolist(), counts.tolist(), strict=True):
+        own = slice(first, first + count)
+        first += count
+        blocks = table[: -(-(start + count) // keys.shape[2])].to(keys.device).expand(count, -1)
+        lengths = torch.arange(start, start + count, device=keys.device) + 1
+        out[own], lse[own] = paged_decode(query[own], keys, values, blocks, lengths, scale=scale, backend="torch")
+    return out, lse
+
+
+def _ragged_numba(
+    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, counts: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    from ._numba import paged
+    from ._numba.arrays import as_array, shares, together
+
+    wide = _statistics(query).contiguous()
+    out = wide.new_empty(*query.shape[:2], values.shape[3])
+    lse = wide.new_empty(query.shape[:2])
+    arrays = [as_array(part) for part in (wide, keys.mT, values, tables.contiguous(), starts, counts)]
+    written = as_array(out), as_array(lse)
+    factor = arrays[0].dtype.type(scale)
+    begins, numbers = arrays[4:6]
+    total = int(numbers.sum())
+    out[total:], lse[total:] = 0, -torch.inf
+    keys_read = float(numbers @ (begins + (numbers + 1) / 2))
+    cuts = [0, total]
+    threads = shares(2 * keys_read * query.shape[1] * query.shape[2])
+    if threads > 1:
+        # Queries of a row count as its mean one: cuts are between rows, or inside a long one.
+        cost = np.repeat(begins + (numbers + 1) / 2, numbers).cumsum()
+        cuts[1:1] = np.searchsorted(cost, keys_read * np.arange(1, threads) / threads).tolist()
+    attend: Any = paged.attend
+    together([partial(attend, *arrays, factor, a, b, *written) for a, b in pairwise(cuts)])
+    return out.to(query.dtype), lse
 
 
 def _statistics(tensor: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("envs", "kernels", "agents", "algorithms", "benchmarks")
 
-TENSORS = frozenset({"torch", "triton"})
+TENSORS = frozenset({"torch", "triton", "numba", "llvmlite"})
 MODELS = frozenset({"transformers", "tokenizers", "safetensors", "tensorboard", "vllm", "accelerate"})
 WORLDS = frozenset({"textworld", "alfworld", "fast_downward", "scienceworld", "jericho"})
 

@@ -147,7 +147,11 @@ def test_the_wheel_carries_its_licence_and_entry_points(wheel, tree):
     assert "agentropy = agentropy.envs:register" in entry_points
 
 
-NEEDS = {"agentropy.agents.engines.vllm_observer": "vllm", "agentropy.kernels._triton.": "triton"}
+NEEDS = {
+    "agentropy.agents.engines.vllm_observer": "vllm",
+    "agentropy.kernels._numba.": "numba",
+    "agentropy.kernels._triton.": "triton",
+}
 """Modules that are imported lazily, with the package that they cannot do without."""
 
 
@@ -225,7 +229,7 @@ def test_the_environments_install_without_torch(project, extra):
     requirements = [*table["dependencies"], *(table["optional-dependencies"][extra] if extra else [])]
     brought = closure(requirements, frozenset())
     assert {"gymnasium", "numpy"} <= brought
-    assert not brought & {"torch", "transformers", "tokenizers", "triton"}
+    assert not brought & {"torch", "transformers", "tokenizers", "triton", "numba"}
 
 
 PINNED = ("train", "alfworld", "bfcl", "scienceworld", "search", "textworld", "tools", "mcp", "parquet", "serve", "dev")

@@ -20,15 +20,6 @@ _T = TypeVar("_T")
 
 BLOCK = 16
 """Positions per block."""
-_FIRST_CAPACITY = 256
-_CAPACITY_STEP = 64
-_SHARED_BYTES = 1 << 17
-"""A prefix of at least so many bytes per layer stays shared; a shorter one is copied, which costs less."""
-
-
-def striped_on(device: torch.device) -> bool:
-    """Whether attention on ``device`` reads stripes through views, rather than blocks through tables."""
-    return device.type == "cpu"
 
 
 class PrefixCache:
@@ -36,8 +27,7 @@ class PrefixCache:
 
     A context is continued in place in the sequence that holds exactly its prefix; when the best sequence also holds
     other tokens, or is running, it is forked. The tree only lists tokens whose keys and values have been computed,
-    so an interrupted call leaves a valid cache. On a CPU every running sequence writes to a stripe
-    of its own (see ``PagedKV``), which is as long as the longest sequence needs.
+    so an interrupted call leaves a valid cache.
     """
 
     def __init__(
@@ -53,13 +43,10 @@ class PrefixCache:
         self._max_tokens = max_tokens
         self._max_sequences = max_sequences
         self._blocks = -(-max_tokens // BLOCK)
-        self._striped = striped_on(device) and self._blocks > 1
-        stripe = min(_FIRST_CAPACITY // BLOCK, self._blocks) if self._striped else 1
         self.kv = PagedKV(
             layers,
-            blocks=self._stripes(stripe) * stripe if self._striped else self._blocks,
+            blocks=self._blocks,
             block=BLOCK,
-            stripe=stripe,
             sequences=max_sequences,
             dtype=dtype,
             device=device,
@@ -68,11 +55,6 @@ class PrefixCache:
         self._running: dict[int, int] = {}
         self._used = np.zeros(max_sequences, dtype=np.int64)
         self._clock = 0
-        width = max(layer.heads * (layer.key_size + layer.value_size) for layer in layers)
-        self._shared_tokens = -(-_SHARED_BYTES // (width * dtype.itemsize))
-
-    def _stripes(self, stripe: int) -> int:
-        return max(1, min(self._max_sequences, self._blocks // stripe))
 
     @property
     def running(self) -> int:
@@ -123,17 +105,7 @@ class PrefixCache:
         except OutOfBlocks:
             return self._shrink(source, context, usable, need)
         self._running[sequence] = need
-        if usable < self._shared_tokens:
-            try:
-                self._evicting(lambda: self._apart(sequence), keep)
-            except OutOfBlocks:
-                self._abandon(sequence)
-                return self._shrink(source, context, usable, need)
         return self._grow(sequence, context, usable, source)
-
-    def _apart(self, sequence: int) -> None:
-        if self._striped:
-            self.kv.settle(sequence)
 
     def _grow(self, sequence: int, context: Tokens, usable: int, source: int | None = None) -> tuple[int, int] | None:
         keep = () if source is None else (source,)
@@ -194,8 +166,7 @@ class PrefixCache:
         try:
             child = self._evicting(lambda: self.kv.fork(sequence, length), ())
             self._running[child] = need
-            whole = length < self._shared_tokens
-            self._evicting(lambda: self._apart(child) if whole else self.kv.detach(child), ())
+            self._evicting(lambda: self.kv.detach(child), ())
         except OutOfBlocks:
             if child is not None:
                 self._abandon(child)
@@ -221,10 +192,6 @@ class PrefixCache:
             if sequence in self.tree:
                 self.tree.remove(sequence)
             self._abandon(sequence)
-
-    def order(self, sequences: NDArray[np.int64]) -> NDArray[np.intp]:
-        """Return the order in which sequences that write to neighbouring stripes are neighbours."""
-        return np.argsort(self.kv.home[sequences], kind="stable")
 
     def drop(self, prefixes: Sequence[Tokens] | None = None) -> None:
         """Forget sequences that begin with one of ``prefixes``, or all; those that are running go on."""
@@ -258,22 +225,8 @@ class PrefixCache:
                 self._evict(min(idle, key=lambda s: int(self._used[s])))
 
     def _room(self, need: int) -> bool:
-        """Whether one more sequence of ``need`` blocks can run; stripes are made longer where that takes it."""
+        """Whether one more sequence of ``need`` blocks can run."""
         if len(self._running) >= self._max_sequences:
             return False
-        if not self._striped:
-            # One more for each: a fork's copy of a block that is not full.
-            return sum(self._running.values()) + len(self._running) + need <= self._blocks
-        if need <= self.kv.stripe:
-            return True
-        wanted = max(need, self.kv.stripe * 3 // 2)
-        step = _CAPACITY_STEP // BLOCK
-        stripe = max(need, min(-(-wanted // step) * step, self._blocks))
-        stripes = self._stripes(stripe)
-        while self.kv.occupied > stripes:
-            idle = [s for s in self.tree if s not in self._running]
-            if not idle:
-                return False
-            self._evict(min(idle, key=lambda s: int(self._used[s])))
-        self.kv.widen(stripe, stripes)
-        return True
+        # One more for each: a fork's copy of a block that is not full.
+        return sum(self._running.values()) + len(self._running) + need <= self._blocks

@@ -115,9 +115,9 @@ class GenericRunner:
         cache = DynamicCache()
         if past:
             places = kv.addresses(sequences[:, None], np.minimum(np.arange(past), np.maximum(starts - 1, 0)[:, None]))
-            stripe, offset = self._where(kv, np.where(starts[:, None] > 0, places, 0))
+            block, offset = self._where(kv, np.where(starts[:, None] > 0, places, 0))
             for number, (keys, values) in enumerate(zip(kv.keys, kv.values, strict=True)):
-                cache.update(keys[stripe, :, offset].transpose(1, 2), values[stripe, :, offset].transpose(1, 2), number)
+                cache.update(keys[block, :, offset].transpose(1, 2), values[block, :, offset].transpose(1, 2), number)
         ids = np.zeros((len(sequences), new), dtype=np.int64)
         real = np.arange(new) < counts[:, None]
         ids[real] = tokens
@@ -133,16 +133,16 @@ class GenericRunner:
         }
         given = {k: torch.from_numpy(v).to(device) for k, v in inputs.items() if k in self._accepts}
         logits = self._model(**given, past_key_values=cache, use_cache=True).logits
-        stripe, offset = self._where(kv, kv.addresses(np.repeat(sequences, counts), positions[real]))
+        block, offset = self._where(kv, kv.addresses(np.repeat(sequences, counts), positions[real]))
         inside = torch.from_numpy(real).to(device)
         layers: list[Any] = cache.layers
         for number, layer in enumerate(layers):
-            kv.keys[number][stripe, :, offset] = layer.keys[:, :, past:].transpose(1, 2)[inside]
-            kv.values[number][stripe, :, offset] = layer.values[:, :, past:].transpose(1, 2)[inside]
+            kv.keys[number][block, :, offset] = layer.keys[:, :, past:].transpose(1, 2)[inside]
+            kv.values[number][block, :, offset] = layer.values[:, :, past:].transpose(1, 2)[inside]
         chosen = picked if "logits_to_keep" in self._accepts else counts - 1
         return logits[torch.arange(len(sequences), device=device), torch.from_numpy(chosen).to(device)]
 
     @staticmethod
     def _where(kv: PagedKV, places: Array) -> tuple[Tensor, Tensor]:
-        stripe, offset = np.divmod(places, kv.stripe * kv.block)
-        return torch.from_numpy(stripe).to(kv.device), torch.from_numpy(offset).to(kv.device)
+        block, offset = np.divmod(places, kv.block)
+        return torch.from_numpy(block).to(kv.device), torch.from_numpy(offset).to(kv.device)

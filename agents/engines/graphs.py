@@ -24,10 +24,9 @@ class Decoder:
     that belongs to nobody. Elsewhere the same static step runs as it is.
     """
 
-    def __init__(self, compute: Callable[..., Tensor], written: Callable[[PagedKV, Array], Array]) -> None:
-        """Decode with a runner's arithmetic and its rule for where keys are written."""
+    def __init__(self, compute: Callable[..., Tensor]) -> None:
+        """Decode with a runner's arithmetic."""
         self._compute = compute
-        self._written = written
         self._steps: dict[tuple[int, int], _Step] = {}
         self._kv: PagedKV | None = None
 
@@ -53,7 +52,7 @@ class Decoder:
         tables[:count, : own.shape[1]] = np.where(own < 0, blank, own)
         places = np.full(rows, blank * kv.block, dtype=np.int64)
         places[:count] = kv.addresses(sequences, starts)
-        inputs = [torch.from_numpy(part) for part in (ids, positions, self._written(kv, places), tables, positions + 1)]
+        inputs = [torch.from_numpy(part) for part in (ids, positions, places, tables, positions + 1)]
         step = self._steps.get((rows, width))
         if step is None:
             step = self._steps[rows, width] = _Step(self._compute, kv, inputs)
@@ -65,13 +64,13 @@ class _Step:
 
     def __init__(self, compute: Callable[..., Tensor], kv: PagedKV, inputs: list[Tensor]) -> None:
         self._inputs = [tensor.to(kv.device) for tensor in inputs]
-        ids, positions, written, tables, lengths = self._inputs
+        ids, positions, places, tables, lengths = self._inputs
 
         def attend(layer: int, query: Tensor) -> Tensor:
             return paged_decode(query, kv.keys[layer], kv.values[layer], tables, lengths)[0].flatten(1)
 
         def step() -> Tensor:
-            return compute(kv, ids, positions, written, attend, attend, None)
+            return compute(kv, ids, positions, places, attend, attend, None)
 
         self._step = step
         self._graph: Any = None

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...kernels.blocks import add_norm, gated
 from ...kernels.linear import linear
-from ...kernels.paged import LayerShape, PagedKV
-from .attention import Attention, BlockAttention, StripedAttention
+from ...kernels.paged import LayerShape, PagedKV, rotate_and_store
+from .attention import Attention, plan
 from .generic import Array
 from .graphs import Decoder
 
@@ -55,14 +56,13 @@ class LlamaRunner:
         self._query_heads = config.num_attention_heads
         self._key_heads = config.num_key_value_heads
         self._size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self._inner = config.intermediate_size
         self._eps = config.rms_norm_eps
         shape = LayerShape(self._key_heads, self._size, self._size)
         self.layers: Sequence[LayerShape] = [shape] * config.num_hidden_layers
         self._blocks: list[_Layer] = []
         self._positions = config.max_position_embeddings
         self._rotation = torch.empty(0)
-        self._decoder = Decoder(self._compute, self._written)
+        self._decoder = Decoder(self._compute)
 
     @staticmethod
     def supports(model: nn.Module) -> bool:
@@ -130,7 +130,7 @@ class LlamaRunner:
 
         Args:
             kv: holds the keys and values of positions below ``starts``; receives those of the new tokens.
-            sequences: int64[n], ordered by the stripes that they write to.
+            sequences: int64[n].
             starts: int64[n].
             counts: int64[n], at least one new token each.
             tokens: int64[sum of counts].
@@ -138,12 +138,8 @@ class LlamaRunner:
         Returns:
             [n, V] in the model's type.
         """
-        if kv.stripe > 1:
-            plan = StripedAttention(kv, sequences, starts, counts)
-            last = plan
-            if len(tokens) > len(counts):
-                last = StripedAttention(kv, sequences, starts + counts - 1, np.ones_like(counts))
-            return self._packed(kv, sequences, starts, counts, tokens, plan, last)
+        if kv.device.type == "cpu":
+            return self._packed(kv, sequences, starts, counts, tokens)
         single, several = np.flatnonzero(counts == 1), np.flatnonzero(counts > 1)
         ends = counts.cumsum()
         logits = []
@@ -151,63 +147,56 @@ class LlamaRunner:
             logits.append(self._decoder.run(kv, sequences[single], starts[single], tokens[ends[single] - 1]))
         if len(several):
             rows = sequences[several], starts[several], counts[several]
-            last_rows = sequences[several], (starts + counts - 1)[several], np.ones_like(several)
-            read = np.repeat(counts > 1, counts)
-            plans = BlockAttention(kv, *rows), BlockAttention(kv, *last_rows)
-            logits.append(self._packed(kv, *rows, tokens[read], *plans))
+            logits.append(self._packed(kv, *rows, tokens[np.repeat(counts > 1, counts)]))
         both = torch.cat(logits)
         order = np.argsort(np.concatenate((single, several)))
         return both[torch.from_numpy(order).to(both.device)]
 
-    def _packed(
-        self,
-        kv: PagedKV,
-        sequences: Array,
-        starts: Array,
-        counts: Array,
-        tokens: Array,
-        attend: Attention,
-        attend_last: Attention,
-    ) -> Tensor:
+    def _packed(self, kv: PagedKV, sequences: Array, starts: Array, counts: Array, tokens: Array) -> Tensor:
         ends = counts.cumsum()
         positions = np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
         places = kv.addresses(np.repeat(sequences, counts), positions)
+        attend = attend_last = plan(kv, sequences, starts, counts)
         last = None
         if ends[-1] > len(counts):
             last = torch.from_numpy(ends - 1).to(kv.device)
-        written = torch.from_numpy(self._written(kv, places)).to(kv.device)
-        ids, where = torch.from_numpy(tokens).to(kv.device), torch.from_numpy(positions).to(kv.device)
-        return self._compute(kv, ids, where, written, attend, attend_last, last)
-
-    def _written(self, kv: PagedKV, places: Array) -> Array:
-        """Rows of the key tensors seen as [stripes x heads x positions, D] that hold the tokens at ``places``."""
-        span = kv.stripe * kv.block
-        stripes, offsets = np.divmod(places, span)
-        return ((stripes[:, None] * self._key_heads + np.arange(self._key_heads)) * span + offsets[:, None]).ravel()
+            attend_last = plan(kv, sequences, starts + counts - 1, np.ones_like(counts))
+        inputs = [tokens, positions, places]
+        if kv.device.type == "cpu":
+            # oneDNN compiles a product anew for every number of rows, which takes longer than the product.
+            blank = len(kv.references) * kv.block
+            inputs = [_filled(part, value) for part, value in zip(inputs, (0, 0, blank), strict=True)]
+            last = None if last is None else torch.from_numpy(_filled(ends - 1, 0))
+        ids, where, written = (torch.from_numpy(part).to(kv.device) for part in inputs)
+        return self._compute(kv, ids, where, written, attend, attend_last, last)[: len(counts)]
 
     def _compute(
         self,
         kv: PagedKV,
         ids: Tensor,
         positions: Tensor,
-        written: Tensor,
+        places: Tensor,
         attend: Attention,
         attend_last: Attention,
         last: Tensor | None,
     ) -> Tensor:
-        """The arithmetic of a pass: int64[T] token ids and positions to the logits of ``last``, of all where None."""
+        """The arithmetic of a pass: int64[T] token ids and positions to the logits of ``last``, of all where None.
+
+        Attention may know of fewer tokens; it returns zeros for those after its own.
+        """
         x = F.embedding(ids, self._model.model.embed_tokens.weight)
-        rotation = self._rotation[positions][:, None]
+        normed = F.rms_norm(x, x.shape[-1:], None, self._eps)
         for number, block in enumerate(self._blocks):
-            query = self._project(block, x, rotation, written, kv.keys[number], kv.values[number])
+            query = self._project(block, normed, positions, places, kv.keys[number], kv.values[number])
             used = attend
             if number + 1 == len(self._blocks) and last is not None:
                 x, query, used = x[last], query[last], attend_last
-            x = x + linear(used(number, query), block.out, block.out_bias)
-            inner = linear(F.rms_norm(x, x.shape[-1:], None, self._eps), block.gate_up, block.gate_up_bias)
-            x = x + linear(F.silu(inner[:, : self._inner]).mul_(inner[:, self._inner :]), block.down, block.down_bias)
+            mixed = used(number, query).to(x.dtype)
+            x, normed = add_norm(x, linear(mixed, block.out, block.out_bias), self._eps)
+            inner = gated(linear(normed, block.gate_up, block.gate_up_bias))
+            x, normed = add_norm(x, linear(inner, block.down, block.down_bias), self._eps)
         head, norm = self._model.lm_head, self._model.model.norm.weight
-        return linear(F.rms_norm(x, x.shape[-1:], norm, self._eps), head.weight, head.bias)
+        return linear(normed * norm, head.weight, head.bias)
 
     def _rotations(self, positions: int, device: torch.device) -> Tensor:
         """exp(i position x frequency) as the model's own rotary module gives it, complex64[positions, D / 2]."""
@@ -217,19 +206,20 @@ class LlamaRunner:
         return torch.complex(cos[0, :, :half].float(), sin[0, :, :half].float())
 
     def _project(
-        self, block: _Layer, x: Tensor, rotation: Tensor, written: Tensor, keys: Tensor, values: Tensor
+        self, block: _Layer, normed: Tensor, positions: Tensor, places: Tensor, keys: Tensor, values: Tensor
     ) -> Tensor:
-        """Write keys and values of x [T, H] into the arena; return the rotated queries [T, heads, D]."""
-        normed = F.rms_norm(x, x.shape[-1:], None, self._eps)
+        """Write keys and values of normed states [T, H] to the cache; return the rotated queries [T, heads, D]."""
         both = self._query_heads + self._key_heads
         qkv = linear(normed, block.qkv, block.qkv_bias).unflatten(1, (both + self._key_heads, self._size))
-        qk = qkv[:, :both]
         if block.q_norm is not None and block.k_norm is not None:
-            q = F.rms_norm(qk[:, : self._query_heads], (self._size,), block.q_norm, self._eps)
-            k = F.rms_norm(qk[:, self._query_heads :], (self._size,), block.k_norm, self._eps)
-            qk = torch.cat((q, k), dim=1)
-        turned = torch.view_as_complex(qk.float().unflatten(-1, (-1, 2))) * rotation
-        qk = torch.view_as_real(turned).flatten(-2).to(x.dtype)
-        keys.view(-1, self._size).index_copy_(0, written, qk[:, self._query_heads :].reshape(-1, self._size))
-        values.view(-1, self._size).index_copy_(0, written, qkv[:, both:].reshape(-1, self._size))
-        return qk[:, : self._query_heads]
+            q, k, v = qkv.split((self._query_heads, self._key_heads, self._key_heads), dim=1)
+            q, k = (F.rms_norm(x, (self._size,), w, self._eps) for x, w in ((q, block.q_norm), (k, block.k_norm)))
+            qkv = torch.cat((q, k, v), dim=1)
+        return rotate_and_store(qkv, self._query_heads, self._rotation, positions, places, keys, values)
+
+
+def _filled(values: Array, value: int) -> Array:
+    """With more values at the end, up to one of few lengths."""
+    count = len(values)
+    step = 16 if count <= 512 else 128
+    return np.pad(values, (0, -count % step), constant_values=value)

@@ -11,7 +11,9 @@ import subprocess
 import sys
 import time
 import weakref
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -29,6 +31,8 @@ from .torch_engine import CACHE_BYTES, load_into
 _KNOWN = 4096
 """Sequences whose process is remembered; more are forgotten all at once, which costs a prefill each."""
 _CLOSE_SECONDS = 5.0
+_UNANSWERED = ("release",)
+"""Operations that nobody waits for; a failure is raised to whoever waits next."""
 
 
 class ProcessEngine:
@@ -95,7 +99,7 @@ class ProcessEngine:
         """
         if self._limits is None:
             try:
-                answers = [worker.receive() for worker in self._workers]
+                answers = [worker.receive("setup") for worker in self._workers]
             except BaseException:
                 self.close()
                 raise
@@ -143,7 +147,9 @@ class ProcessEngine:
             for prefix in prefixes:
                 for sequence in list(self._known.below(prefix)):
                     self._known.remove(sequence)
-        self.ask("release", prefixes)
+        _ = self.limits
+        for worker in self._workers:
+            worker.send("release", prefixes)  # nobody waits for the answer
 
     def close(self) -> None:
         """End the processes; calling again does nothing."""
@@ -156,7 +162,7 @@ class ProcessEngine:
             raise UsageError("the engine is closed; expected a new one")
         for worker in self._workers:
             worker.send(operation, *arguments)
-        return [worker.receive() for worker in self._workers]
+        return [worker.receive(operation) for worker in self._workers]
 
     def place(self, context: Tokens, load: Sequence[int]) -> int:
         """The process that a request goes to; ``load`` counts what each has to do."""
@@ -186,12 +192,16 @@ class _Stream:
         self._waiting: list[list[tuple[int, Request]]] = [[] for _ in engine._workers]
         self._running: dict[int, int] = {}
         """Ticket to process."""
+        self._stepping: list[int] = []
+        """Processes that have begun a step which nobody has waited for."""
+        self._ended: list[tuple[int, Completion]] = []
+        """What ended in a step whose end had to be waited for early."""
         self._closed = False
         engine.ask("open", number, params)
 
     @property
     def running(self) -> int:
-        return len(self._running)
+        return len(self._running) + len(self._ended)
 
     def add(self, request: Request) -> int:
         """Take a request; see ``TorchStream.add``."""
@@ -220,48 +230,68 @@ class _Stream:
         return ticket
 
     def step(self) -> list[tuple[int, Completion]]:
-        """One step of every process that has something to do."""
+        """Let every process that has something to do begin a step; return what ended in the step before.
+
+        So the processes work while their parent plays what they have said. What a call returns depends on the calls
+        before it alone.
+        """
         started = time.perf_counter()
-        busy = sorted(set(self._running.values()))
+        ended = self._collect()
         workers = self._engine._workers
-        for owner in busy:
+        self._stepping = sorted(set(self._running.values()))
+        for owner in self._stepping:
             workers[owner].send("step", self._number, self._waiting[owner])
             self._waiting[owner] = []
-        ended: list[tuple[int, Completion]] = []
+        self._engine.stats.seconds += time.perf_counter() - started
+        return ended
+
+    def _collect(self) -> list[tuple[int, Completion]]:
+        """Wait for the step that was begun; what has ended in it or was set aside."""
+        stepping, self._stepping = self._stepping, []
+        ended, self._ended = self._ended, []
         failure: BaseException | None = None
-        for owner in busy:
+        for owner in stepping:
             try:
-                done, counts = workers[owner].receive()
+                done, counts = self._engine._workers[owner].receive("step")
             except AgentropyError as error:  # of one process; the others have stepped and must be heard
                 failure = error
                 continue
             ended += done
             for name, count in counts.items():
                 setattr(self._engine.stats, name, getattr(self._engine.stats, name) + count)
-        self._engine.stats.seconds += time.perf_counter() - started
         if failure is not None:
             self.close()
             raise failure
         for ticket, _ in ended:
-            del self._running[ticket]
+            self._running.pop(ticket, None)
         return sorted(ended, key=lambda pair: pair[0])
 
     def cancel(self, ticket: int) -> Completion:
         """End a request now; see ``Stream.cancel``."""
+        self._ended = self._collect()
+        for place, (known, completion) in enumerate(self._ended):
+            if known == ticket:
+                del self._ended[place]
+                return completion
         if ticket not in self._running:
             raise UsageError(f"no request with ticket {ticket} is running; expected a ticket that has not ended")
         owner = self._running.pop(ticket)
         worker = self._engine._workers[owner]
         worker.send("cancel", self._number, self._waiting[owner], ticket)
         self._waiting[owner] = []
-        completion: Completion = worker.receive()
-        return completion
+        cancelled: Completion = worker.receive("cancel")
+        return cancelled
 
     def close(self) -> None:
         """Cancel what runs; calling again does nothing."""
         if not self._closed and self._engine._workers:
             self._closed = True
             self._running.clear()
+            self._ended.clear()
+            for owner in self._stepping:
+                with suppress(AgentropyError):
+                    self._engine._workers[owner].receive("step")
+            self._stepping = []
             self._engine.ask("close", self._number)
 
 
@@ -275,22 +305,32 @@ class _Worker:
         with other:
             self.process = subprocess.Popen(command, pass_fds=(other.fileno(),), env=environment)
         self._connection = Connection(own.detach())
+        self._asked: deque[str] = deque()
+        """Operations whose answers are on their way, in order."""
+        self._answers: defaultdict[str, deque[tuple[bool, Any]]] = defaultdict(deque)
+        """Answers that came before somebody waited for them."""
 
-    def send(self, *message: Any) -> None:
+    def send(self, operation: str, *arguments: Any) -> None:
         try:
-            self._connection.send(message)
+            self._connection.send((operation, *arguments))
         except OSError as error:
             raise self._dead() from error
+        self._asked.append(operation)
 
-    def receive(self) -> Any:
-        """The answer to one message; what the process raised is raised here."""
-        try:
-            worked, answer = self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise self._dead() from error
+    def receive(self, operation: str) -> Any:
+        """The answer to the first such message that has not been taken; what the process raised is raised here."""
+        while not self._answers[operation]:
+            try:
+                answer = self._connection.recv()
+            except (EOFError, OSError) as error:
+                raise self._dead() from error
+            asked = self._asked.popleft()
+            if asked not in _UNANSWERED or not answer[0]:
+                self._answers[operation if asked in _UNANSWERED else asked].append(answer)
+        worked, found = self._answers[operation].popleft()
         if not worked:
-            raise answer
-        return answer
+            raise found
+        return found
 
     def stop(self) -> None:
         self._connection.close()

@@ -260,8 +260,6 @@ class TorchStream:
         """Compute the tokens of each request that are not in the cache; return them in order with logits [n, V]."""
         cache, lanes = self._engine.cache, self._lanes
         sequences = np.array([progress.sequence for progress in batch])
-        order = cache.order(sequences)
-        batch, sequences = [batch[i] for i in order], sequences[order]
         starts = np.array([progress.computed for progress in batch])
         drawn = lanes.count[[progress.lane for progress in batch]]
         lengths = np.array([len(progress.request.tokens) for progress in batch]) + drawn

@@ -30,7 +30,6 @@ from transformers import (
 )
 
 from agentropy.agents.engines import Completion, Engine, Request, SamplingParams, StopReason
-from agentropy.agents.engines import cache as cache_module
 from agentropy.agents.engines.llama import LlamaRunner
 from agentropy.agents.engines.radix import RadixTree
 from agentropy.agents.engines.torch_engine import TorchEngine
@@ -481,11 +480,7 @@ def test_weights_that_do_not_fit_change_nothing(wrong: str) -> None:
         assert new.version == 0
 
 
-@pytest.mark.parametrize("striped", [True, False])
-def test_closing_frees_the_memory_of_the_cache(
-    llama: PreTrainedModel, striped: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cache_module, "striped_on", lambda device: striped)
+def test_closing_frees_the_memory_of_the_cache(llama: PreTrainedModel) -> None:
     engine = TorchEngine(llama, cache_tokens=4096)
     engine.generate(requests(contexts(2)), SamplingParams())
     cache = weakref.ref(engine.cache.kv)

@@ -22,20 +22,53 @@ def test_auto_is_torch_on_the_cpu() -> None:
     assert resolve("auto", torch.zeros(1)) == resolve("auto") == resolve("torch", torch.zeros(1)) == "torch"
 
 
+def test_auto_is_numba_on_the_cpu_where_there_is_such_a_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_installed", lambda name: True)
+    tensor = torch.zeros(1)
+    assert resolve("auto", tensor, numba=True) == resolve("numba", tensor, numba=True) == "numba"
+    assert resolve("torch", tensor, numba=True) == "torch"
+    assert resolve("auto", tensor, torch.zeros(1, device="meta"), numba=True) == "torch"
+    monkeypatch.setenv("KERNELS_BACKEND", "torch")
+    assert resolve("auto", tensor, numba=True) == "torch"
+    assert resolve("numba", tensor, numba=True) == "numba"
+
+
+def test_without_a_numba_form_the_environment_means_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_installed", lambda name: True)
+    monkeypatch.setenv("KERNELS_BACKEND", "numba")
+    tensor, elsewhere = torch.zeros(1), torch.zeros(1, device="meta")
+    assert resolve("auto", tensor, numba=True) == "numba"
+    assert resolve("auto", tensor) == resolve("auto", elsewhere, numba=True) == "torch"
+    for wrong, numba in ((tensor, False), (elsewhere, True)):
+        with pytest.raises(UsageError, match="use backend 'auto'"):
+            resolve("numba", wrong, numba=numba)
+
+
+def test_missing_numba_is_told_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_installed", lambda name: name != "numba")
+    tensor = torch.zeros(1)
+    assert resolve("auto", tensor, numba=True) == "torch"
+    with pytest.raises(MissingDependencyError, match="pip install numba"):
+        resolve("numba", tensor, numba=True)
+    monkeypatch.setenv("KERNELS_BACKEND", "numba")
+    with pytest.raises(MissingDependencyError, match="pip install numba"):
+        resolve("auto", tensor, numba=True)
+
+
 def test_auto_is_triton_where_every_tensor_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
     capable = torch.zeros(1)
     monkeypatch.setattr(dispatch, "_capable", lambda tensor: tensor is capable)
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_installed", lambda name: True)
     assert resolve("auto", capable, capable) == "triton"
     assert resolve("auto", capable, torch.zeros(1)) == "torch"
-    monkeypatch.setattr(dispatch, "_installed", lambda: False)
+    monkeypatch.setattr(dispatch, "_installed", lambda name: False)
     assert resolve("auto", capable) == "torch"
     with pytest.raises(MissingDependencyError, match="pip install triton"):
         resolve("triton", capable)
 
 
 def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_installed", lambda name: True)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setenv("KERNELS_BACKEND", "triton")
     assert resolve("auto", torch.zeros(1)) == "triton"
@@ -46,7 +79,7 @@ def test_the_environment_decides_for_auto_alone(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "_installed", lambda name: True)
     with pytest.raises(UsageError, match="TRITON_INTERPRET"):
         resolve("triton", torch.zeros(1))
     with pytest.raises(UsageError, match="did you mean 'torch'"):
