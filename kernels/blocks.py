@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..errors import UsageError
 from .dispatch import Backend, resolve
 from .linear import product, serves
 
@@ -52,7 +53,13 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def add_norm(x: Tensor, y: Tensor, eps: float, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
-    """Return x + y and its root mean square norm without a weight, both [T, H] in the type of ``x``; no gradients."""
+    """Return x + y and its root mean square norm without a weight, both [T, H] in the type of ``x``; no gradients.
+
+    Raises:
+        UsageError: the shapes differ.
+    """
+    if x.shape != y.shape:
+        raise UsageError(f"add_norm: x is {tuple(x.shape)} and y {tuple(y.shape)}; expected one shape")
     if _in_passes(x, y, backend=backend):
         from ._numba import blocks
         from ._numba.arrays import as_array

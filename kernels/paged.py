@@ -257,7 +257,9 @@ def rotate_and_store(
     Returns:
         In the type of ``qkv``; fp32 for bf16 from the numba form.
     """
-    if resolve(backend, qkv, keys, numba=inner_positions(keys)) == "numba":
+    fits = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
+    fits = fits and (qkv.dtype == torch.float64) == (keys.dtype == torch.float64)
+    if resolve(backend, qkv, keys, values, numba=fits) == "numba":
         from ._numba import paged
         from ._numba.arrays import as_array
 
@@ -268,11 +270,12 @@ def rotate_and_store(
         paged.rotate_and_store(*(as_array(part) for part in parts))
         return query
     both, block = heads + keys.shape[1], keys.shape[2]
-    turned = torch.view_as_complex(qkv[:, :both].float().unflatten(-1, (-1, 2))) * rotation[positions][:, None]
+    states = qkv if qkv.dtype == torch.float64 else qkv.float()
+    turned = torch.view_as_complex(states[:, :both].unflatten(-1, (-1, 2))) * rotation[positions][:, None]
     qk = torch.view_as_real(turned).flatten(-2).to(qkv.dtype)
     where, offset = places // block, places % block
-    keys[where, :, offset] = qk[:, heads:]
-    values[where, :, offset] = qkv[:, both:]
+    keys[where, :, offset] = qk[:, heads:].to(keys.dtype)
+    values[where, :, offset] = qkv[:, both:].to(values.dtype)
     return qk[:, :heads]
 
 

@@ -77,9 +77,9 @@ def paged_decode(
     reach = torch.arange(tables.shape[1] * keys.shape[2], device=query.device)
     seen = (reach >= starts[:, None]) & (reach < lengths[:, None])
     heads = keys.shape[1]
-    k = _statistics(keys[tables.clamp_min(0)].transpose(1, 2).flatten(2, 3))
-    v = _statistics(values[tables.clamp_min(0)].transpose(1, 2).flatten(2, 3))
-    q = _statistics(query).unflatten(1, (heads, -1)) * scale
+    wide = torch.promote_types(_statistics(query).dtype, _statistics(keys).dtype)
+    k, v = (blocks[tables.clamp_min(0)].transpose(1, 2).flatten(2, 3).to(wide) for blocks in (keys, values))
+    q = query.to(wide).unflatten(1, (heads, -1)) * scale
     scores = (q @ k.transpose(2, 3)).masked_fill(~seen[:, None, None], -torch.inf)
     lse = scores.logsumexp(dim=-1)
     weights = (scores - lse.clamp_min(torch.finfo(lse.dtype).min)[..., None]).exp()
@@ -196,6 +196,9 @@ def ragged_attention(
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
     fits = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
+    fits = fits and (query.dtype == torch.float64) == (keys.dtype == torch.float64)
+    if int(counts.sum()) > len(query):
+        raise UsageError(f"ragged_attention: {len(query)} queries; expected the sum of counts, {counts.sum()}, or more")
     if resolve(backend, query, keys, values, numba=fits) == "numba":
         return _ragged_numba(query, keys, values, tables, starts, counts, scale)
     out = query.new_empty(*query.shape[:2], values.shape[3])
@@ -231,9 +234,12 @@ def _ragged_numba(
     cuts = [0, total]
     threads = shares(2 * keys_read * query.shape[1] * query.shape[2])
     if threads > 1:
-        # Queries of a row count as its mean one: cuts are between rows, or inside a long one.
+        # Queries of a row count as its mean one. Cuts are where the kernel begins anew anyway, so they change no bit.
         cost = np.repeat(begins + (numbers + 1) / 2, numbers).cumsum()
-        cuts[1:1] = np.searchsorted(cost, keys_read * np.arange(1, threads) / threads).tolist()
+        inside = np.arange(total) - np.repeat(numbers.cumsum() - numbers, numbers)
+        places = np.flatnonzero(inside % paged.QUERIES == 0)
+        shares_of_cost = keys_read * np.arange(1, threads) / threads
+        cuts[1:1] = places[np.searchsorted(cost[places], shares_of_cost).clip(max=len(places) - 1)].tolist()
     attend: Any = paged.attend
     together([partial(attend, *arrays, factor, a, b, *written) for a, b in pairwise(cuts)])
     return out.to(query.dtype), lse

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 import weakref
-from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 from torch import nn
@@ -31,8 +32,6 @@ from .torch_engine import CACHE_BYTES, load_into
 _KNOWN = 4096
 """Sequences whose process is remembered; more are forgotten all at once, which costs a prefill each."""
 _CLOSE_SECONDS = 5.0
-_UNANSWERED = ("release",)
-"""Operations that nobody waits for; a failure is raised to whoever waits next."""
 
 
 class ProcessEngine:
@@ -83,8 +82,7 @@ class ProcessEngine:
         try:
             for _ in range(workers):
                 self._workers.append(_Worker())
-            for worker in self._workers:
-                worker.send("setup", setup)
+            self._setups = [worker.send("setup", setup) for worker in self._workers]
         except BaseException:
             self.close()
             raise
@@ -99,7 +97,7 @@ class ProcessEngine:
         """
         if self._limits is None:
             try:
-                answers = [worker.receive("setup") for worker in self._workers]
+                answers = [worker.receive(number) for worker, number in zip(self._workers, self._setups, strict=False)]
             except BaseException:
                 self.close()
                 raise
@@ -149,7 +147,7 @@ class ProcessEngine:
                     self._known.remove(sequence)
         _ = self.limits
         for worker in self._workers:
-            worker.send("release", prefixes)  # nobody waits for the answer
+            worker.send("release", prefixes)  # has no answer
 
     def close(self) -> None:
         """End the processes; calling again does nothing."""
@@ -160,9 +158,8 @@ class ProcessEngine:
         _ = self.limits
         if not self._workers:
             raise UsageError("the engine is closed; expected a new one")
-        for worker in self._workers:
-            worker.send(operation, *arguments)
-        return [worker.receive(operation) for worker in self._workers]
+        numbers = [worker.send(operation, *arguments) for worker in self._workers]
+        return [worker.receive(number) for worker, number in zip(self._workers, numbers, strict=True)]
 
     def place(self, context: Tokens, load: Sequence[int]) -> int:
         """The process that a request goes to; ``load`` counts what each has to do."""
@@ -192,8 +189,8 @@ class _Stream:
         self._waiting: list[list[tuple[int, Request]]] = [[] for _ in engine._workers]
         self._running: dict[int, int] = {}
         """Ticket to process."""
-        self._stepping: list[int] = []
-        """Processes that have begun a step which nobody has waited for."""
+        self._stepping: dict[int, int] = {}
+        """Processes that have begun a step which nobody has waited for, and the numbers of their answers."""
         self._ended: list[tuple[int, Completion]] = []
         """What ended in a step whose end had to be waited for early."""
         self._closed = False
@@ -238,22 +235,21 @@ class _Stream:
         started = time.perf_counter()
         ended = self._collect()
         workers = self._engine._workers
-        self._stepping = sorted(set(self._running.values()))
-        for owner in self._stepping:
-            workers[owner].send("step", self._number, self._waiting[owner])
+        for owner in sorted(set(self._running.values())):
+            self._stepping[owner] = workers[owner].send("step", self._number, self._waiting[owner])
             self._waiting[owner] = []
         self._engine.stats.seconds += time.perf_counter() - started
         return ended
 
     def _collect(self) -> list[tuple[int, Completion]]:
         """Wait for the step that was begun; what has ended in it or was set aside."""
-        stepping, self._stepping = self._stepping, []
+        stepping, self._stepping = self._stepping, {}
         ended, self._ended = self._ended, []
-        failure: BaseException | None = None
-        for owner in stepping:
+        failure: Exception | None = None
+        for owner, number in stepping.items():
             try:
-                done, counts = self._engine._workers[owner].receive("step")
-            except AgentropyError as error:  # of one process; the others have stepped and must be heard
+                done, counts = self._engine._workers[owner].receive(number)
+            except Exception as error:  # of one process; the others have stepped and must be heard
                 failure = error
                 continue
             ended += done
@@ -277,9 +273,9 @@ class _Stream:
             raise UsageError(f"no request with ticket {ticket} is running; expected a ticket that has not ended")
         owner = self._running.pop(ticket)
         worker = self._engine._workers[owner]
-        worker.send("cancel", self._number, self._waiting[owner], ticket)
+        number = worker.send("cancel", self._number, self._waiting[owner], ticket)
         self._waiting[owner] = []
-        cancelled: Completion = worker.receive("cancel")
+        cancelled: Completion = worker.receive(number)
         return cancelled
 
     def close(self) -> None:
@@ -288,10 +284,10 @@ class _Stream:
             self._closed = True
             self._running.clear()
             self._ended.clear()
-            for owner in self._stepping:
-                with suppress(AgentropyError):
-                    self._engine._workers[owner].receive("step")
-            self._stepping = []
+            for owner, number in self._stepping.items():
+                with suppress(Exception):
+                    self._engine._workers[owner].receive(number)
+            self._stepping = {}
             self._engine.ask("close", self._number)
 
 
@@ -304,36 +300,44 @@ class _Worker:
         command = [sys.executable, "-m", "agentropy.agents.engines.process_worker", str(other.fileno())]
         with other:
             self.process = subprocess.Popen(command, pass_fds=(other.fileno(),), env=environment)
-        self._connection = Connection(own.detach())
-        self._asked: deque[str] = deque()
-        """Operations whose answers are on their way, in order."""
-        self._answers: defaultdict[str, deque[tuple[bool, Any]]] = defaultdict(deque)
-        """Answers that came before somebody waited for them."""
+        self._socket = own
+        self._connection = Connection(own.fileno())
+        self._asked = 0
+        self._answers: dict[int, tuple[bool, Any]] = {}
+        """Those that nobody has waited for yet."""
+        self._arriving: SimpleQueue[Any] = SimpleQueue()
+        # Read at once, so that neither side waits for the other to read while it writes.
+        self._reader = Thread(target=_read, args=(self._connection, self._arriving), daemon=True)
+        self._reader.start()
 
-    def send(self, operation: str, *arguments: Any) -> None:
+    def send(self, operation: str, *arguments: Any) -> int:
+        """Ask for something; returns the number under which the answer comes."""
+        self._asked += 1
         try:
-            self._connection.send((operation, *arguments))
+            self._connection.send((self._asked, operation, *arguments))
         except OSError as error:
             raise self._dead() from error
-        self._asked.append(operation)
+        return self._asked
 
-    def receive(self, operation: str) -> Any:
-        """The answer to the first such message that has not been taken; what the process raised is raised here."""
-        while not self._answers[operation]:
-            try:
-                answer = self._connection.recv()
-            except (EOFError, OSError) as error:
-                raise self._dead() from error
-            asked = self._asked.popleft()
-            if asked not in _UNANSWERED or not answer[0]:
-                self._answers[operation if asked in _UNANSWERED else asked].append(answer)
-        worked, found = self._answers[operation].popleft()
+    def receive(self, number: int) -> Any:
+        """Wait for the answer of that number; what the process raised is raised here."""
+        while number not in self._answers:
+            answer = self._arriving.get()
+            if answer is None:
+                self._arriving.put(None)
+                raise self._dead()
+            self._answers[answer[0]] = answer[1:]
+        worked, found = self._answers.pop(number)
         if not worked:
             raise found
         return found
 
     def stop(self) -> None:
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._reader.join(_CLOSE_SECONDS)
         self._connection.close()
+        self._socket.detach()
         try:
             self.process.wait(_CLOSE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -342,6 +346,14 @@ class _Worker:
 
     def _dead(self) -> AgentropyError:
         return AgentropyError(f"a process of the engine has ended (exit status {self.process.poll()})")
+
+
+def _read(connection: Connection, arriving: SimpleQueue[Any]) -> None:
+    """Take in answers until the process ends, which is told by ``None``."""
+    with suppress(EOFError, OSError):
+        while True:
+            arriving.put(connection.recv())
+    arriving.put(None)
 
 
 def _stop(workers: list[_Worker], path: str) -> None:

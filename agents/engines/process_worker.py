@@ -74,7 +74,7 @@ def main() -> None:
     server: _Server | None = None
     while True:
         try:
-            operation, *arguments = connection.recv()
+            number, operation, *arguments = connection.recv()
         except (EOFError, OSError, KeyboardInterrupt):
             return
         try:
@@ -87,11 +87,12 @@ def main() -> None:
                 answer: Any = server.limits
             else:
                 answer = getattr(server, operation)(*arguments)
-            connection.send((True, answer))
+            if operation != "release":
+                connection.send((number, True, answer))
         except KeyboardInterrupt:
             return
         except Exception as error:
-            connection.send((False, error))
+            connection.send((number, False, error))
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from .scalars import FAST, exp, narrow, widen
+from .scalars import exp, kernel, narrow, widen
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def add_norm(x: Any, y: Any, eps: Any, total: Any, normed: Any) -> None:
     """``total`` = x + y and ``normed`` = total / sqrt(mean(total^2) + eps), rows of [T, H]; rounded like ``total``."""
     rows, size = x.shape
@@ -34,7 +33,7 @@ def add_norm(x: Any, y: Any, eps: Any, total: Any, normed: Any) -> None:
             n[d] = narrow(widen(c[d]) * inverse, n)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def gated(both: Any, one: Any, out: Any) -> None:
     """``out`` = silu(gate) * up [T, I] of both [T, 2 I]; ``one`` is 1 in the type of the sums."""
     rows, size = out.shape
@@ -47,7 +46,7 @@ def gated(both: Any, one: Any, out: Any) -> None:
             o[d] = narrow(x * sigmoid * widen(up[d]), o)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def gated_backward(grad: Any, both: Any, one: Any, found: Any) -> None:
     """``found`` [T, 2 I]: the gradient of ``gated`` with respect to ``both``, from that of its result [T, I]."""
     rows, size = grad.shape
@@ -65,7 +64,7 @@ def gated_backward(grad: Any, both: Any, one: Any, found: Any) -> None:
             grad_gate[d] = g[d] * up[d] * sigmoid[d] * (one + gate[d] * (one - sigmoid[d]))
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def norm(x: Any, eps: Any, normed: Any, inverse: Any) -> None:
     """``normed`` = x / sqrt(mean(x^2) + eps) of rows [T, H], and the factor ``inverse`` [T]."""
     rows, size = x.shape
@@ -80,7 +79,7 @@ def norm(x: Any, eps: Any, normed: Any, inverse: Any) -> None:
             n[d] = a[d] * inverse[t]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def norm_backward(grad: Any, normed: Any, inverse: Any) -> None:
     """Turn the gradient [T, H] with respect to ``normed`` into that with respect to x, in place."""
     rows, size = grad.shape

@@ -13,15 +13,14 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 
-from .scalars import FAST, exp, narrow, prefetch, weighted_rows, widen
+from .scalars import exp, kernel, narrow, prefetch, weighted_rows, widen
 
 QUERIES = 8
 """Queries of a row that read a block while it is in the nearest cache."""
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def _softmax(row: Any, seen: int, width: int, scale: Any, lanes: Any) -> Any:
     """Weights of the first ``seen`` scores in place, zeros up to ``width``; returns the log-sum-exp of their scaled."""
     for j in range(seen, width):
@@ -48,7 +47,7 @@ def _softmax(row: Any, seen: int, width: int, scale: Any, lanes: Any) -> Any:
     return top * scale + math.log(total)
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def attend(
     query: Any,
     keys: Any,
@@ -140,7 +139,7 @@ def attend(
         begin += counts[row]
 
 
-@njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")
+@kernel
 def rotate_and_store(qkv: Any, rotation: Any, positions: Any, places: Any, keys: Any, values: Any, query: Any) -> None:
     """Turn queries and keys by their positions; write keys and values to the cache.
 

@@ -1,5 +1,6 @@
 """Scalars that numba compiles to vector code.
 
+- ``kernel``: what compiles the functions of the modules beside this one.
 - ``exp``: of a number up to 0, in the number's type.
 - ``widen``, ``narrow``: bfloat16, held as int16, to float32 and back.
 - ``weighted_rows``: sixteen columns of sums of weighted rows, the inner loop of every attention.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,24 @@ from numba.np import arrayobj
 
 FAST = {"contract", "reassoc", "nsz", "arcp"}
 """Sums may be reordered, which vector code needs; infinities and nan keep their meaning."""
+
+_OWN = Path(__file__).stat()
+
+
+def kernel(function: Any) -> Any:
+    """Compile on first use, without Python's lock, and keep the code on disk where there is a place for it.
+
+    Numba takes kept code for fresh as long as the function's own file is unchanged; here this file has a say as well.
+    """
+    compile = functools.partial(njit, nogil=True, fastmath=FAST, error_model="numpy")
+    try:
+        compiled: Any = compile(cache=True)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        return compile()(function)
+    kept = compiled._cache._cache_file
+    kept._source_stamp = (kept._source_stamp, _OWN.st_mtime, _OWN.st_size)
+    return compiled
+
 
 WIDTH = 16
 """Numbers of a run: one vector of fp32 with AVX-512, two with AVX2."""
@@ -56,9 +76,11 @@ def _exp(x: Any) -> Any:
     if x == types.float32:
         # Cephes' expf: a polynomial on [-ln 2 / 2, ln 2 / 2], scaled by a power of two.
         def single(x: Any) -> Any:
-            bounded = max(x, _SMALLEST)
+            bounded = x if x > _SMALLEST else _SMALLEST
             n = np.floor(bounded * _LOG2E + np.float32(0.5))
-            r = bounded - n * _LN2_HIGH - n * _LN2_LOW
+            # By way of an integer: FAST would join the two products, whose difference is the point.
+            whole = np.int32(n)
+            r = bounded - n * _LN2_HIGH - np.float32(whole) * _LN2_LOW
             p = np.float32(1.9875691500e-4)
             p = p * r + np.float32(1.3981999507e-3)
             p = p * r + np.float32(8.3334519073e-3)
@@ -66,8 +88,8 @@ def _exp(x: Any) -> Any:
             p = p * r + np.float32(1.6666665459e-1)
             p = p * r + np.float32(5.0000001201e-1)
             p = p * r * r + r + np.float32(1.0)
-            found = p * _as_float((np.int32(n) + np.int32(127)) << np.int32(23))
-            return found if x >= _SMALLEST else np.float32(0.0)
+            found = p * _as_float((whole + np.int32(127)) << np.int32(23))
+            return found if x >= _SMALLEST else (np.float32(0.0) if x < _SMALLEST else x)
 
         return single
 
