@@ -87,7 +87,7 @@ class PagedKV:
 
     def _zeros(self, blocks: int, heads: int, size: int, inner: bool) -> Tensor:
         shape = (blocks, heads, size, self.block) if inner else (blocks, heads, self.block, size)
-        if inner or self.device.type == "cpu":
+        if self.device.type == "cpu":
             # numpy leaves zeroing to the operating system, torch writes all of it.
             size_of = self.dtype.itemsize
             found = torch.from_numpy(np.zeros(np.prod(shape) * size_of, dtype=np.uint8)).view(self.dtype).view(shape)
@@ -257,9 +257,7 @@ def rotate_and_store(
     Returns:
         In the type of ``qkv``; fp32 for bf16 from the numba form.
     """
-    fits = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
-    fits = fits and (qkv.dtype == torch.float64) == (keys.dtype == torch.float64)
-    if resolve(backend, qkv, keys, values, numba=fits) == "numba":
+    if resolve(backend, qkv, keys, values, numba=has_numba_form(qkv, keys, values)) == "numba":
         from ._numba import paged
         from ._numba.arrays import as_array
 
@@ -283,3 +281,9 @@ def inner_positions(keys: Tensor) -> bool:
     """Whether the 16 positions of each block of keys [N, heads, 16, D] are innermost in memory, for the numba forms."""
     kept = keys.dtype in (torch.float32, torch.float64, torch.bfloat16)
     return kept and keys.shape[2] == 16 and keys.mT.is_contiguous()
+
+
+def has_numba_form(states: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether the numba forms serve states beside a cache of such memory and types."""
+    kept = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
+    return kept and (states.dtype == torch.float64) == (keys.dtype == torch.float64)

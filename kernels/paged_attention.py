@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..errors import UsageError
 from .dispatch import Backend, resolve
-from .paged import inner_positions
+from .paged import has_numba_form
 
 
 def merge_lse(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,16 +195,14 @@ def ragged_attention(
             f"{rows} rows; expected [T, Hq, D], [N, Hk, block, D] with Hk dividing Hq, and [rows, W]"
         )
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    fits = inner_positions(keys) and values.is_contiguous() and values.dtype == keys.dtype
-    fits = fits and (query.dtype == torch.float64) == (keys.dtype == torch.float64)
-    if int(counts.sum()) > len(query):
-        raise UsageError(f"ragged_attention: {len(query)} queries; expected the sum of counts, {counts.sum()}, or more")
-    if resolve(backend, query, keys, values, numba=fits) == "numba":
-        return _ragged_numba(query, keys, values, tables, starts, counts, scale)
+    total = int(counts.sum())
+    if total > len(query):
+        raise UsageError(f"ragged_attention: {len(query)} queries; expected the sum of counts, {total}, or more")
+    if resolve(backend, query, keys, values, numba=has_numba_form(query, keys, values)) == "numba":
+        return _ragged_numba(query, keys, values, tables, starts, counts, total, scale)
     out = query.new_empty(*query.shape[:2], values.shape[3])
     lse = _statistics(query.new_empty(0)).new_empty(query.shape[:2])
-    first = int(counts.sum())
-    out[first:], lse[first:] = 0, -torch.inf
+    out[total:], lse[total:] = 0, -torch.inf
     first = 0
     for table, start, count in zip(tables, starts.tolist(), counts.tolist(), strict=True):
         own = slice(first, first + count)
@@ -216,7 +214,14 @@ def ragged_attention(
 
 
 def _ragged_numba(
-    query: Tensor, keys: Tensor, values: Tensor, tables: Tensor, starts: Tensor, counts: Tensor, scale: float
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    starts: Tensor,
+    counts: Tensor,
+    total: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     from ._numba import paged
     from ._numba.arrays import as_array, shares, together
@@ -228,7 +233,6 @@ def _ragged_numba(
     written = as_array(out), as_array(lse)
     factor = arrays[0].dtype.type(scale)
     begins, numbers = arrays[4:6]
-    total = int(numbers.sum())
     out[total:], lse[total:] = 0, -torch.inf
     keys_read = float(numbers @ (begins + (numbers + 1) / 2))
     cuts = [0, total]
