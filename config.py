@@ -3,6 +3,7 @@
 - ``RunConfig``: the whole configuration; ``EnvConfig``, ``ModelConfig``, … are its sections.
 - ``WORLD_DEFAULTS``, ``SMALL_DEFAULTS``, ``PRETRAINED_DEFAULTS``: what of it depends on the world, and on the model.
 - ``load_config``: TOML file, then ``section.key=value`` overrides, then defaults; unknown keys are errors.
+  ``read_toml`` and ``validated`` are its halves, for other files of this form.
 - ``to_toml``: the resolved configuration as text that ``load_config`` reads back.
 
 No module here imports torch, so a wrong key is reported before anything expensive starts.
@@ -13,7 +14,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -81,6 +82,9 @@ turn of one (with ``token-mean`` the long failures outweigh the short successes)
 against that turn. Of composed recipes, those that all their parts have here."""
 
 
+Schema = TypeVar("Schema", bound=BaseModel)
+
+
 class Section(BaseModel):
     """A part of the configuration; keys that it does not know are errors."""
 
@@ -118,6 +122,9 @@ class SmallModelConfig(Section):
     max_positions: int = Field(2048, ge=64)
     vocabulary: int = Field(2048, ge=320)
     """Tokens of the subword vocabulary, for worlds that cannot list their words."""
+    start: str | None = None
+    """Run or checkpoint folder whose small model, of whatever size, the run begins with instead of random weights; with
+    ``sft.tasks=0`` several runs share one warm start."""
 
 
 class PretrainedModelConfig(Section):
@@ -243,6 +250,9 @@ class TrainConfig(Section):
     checkpoint_every: int = Field(1, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     save_trajectories: bool = True
+    oracle: bool = False
+    """Predict each update's change of entropy to first order, and measure it. Costs about one and a half updates more,
+    in time; in memory a copy of the weights and a gradient."""
 
 
 class EvalConfig(Section):
@@ -250,6 +260,12 @@ class EvalConfig(Section):
     """Size of the fixed panel, evenly spaced over the sorted ids; the whole split when unset."""
     every: int = Field(0, ge=0)
     """Evaluate after every so many steps; 0 evaluates before the first and after the last step only."""
+    before: bool = True
+    """Evaluate before the first step. Off where runs share a start that is known already."""
+    also: list[str] = []
+    """Further splits to evaluate on, each on a panel of its own, such as one in distribution."""
+    samples: int = Field(1, ge=1)
+    """Episodes of each task in the last evaluation, for pass@k; success is that of the first."""
     temperature: float = Field(1.0, ge=0)
     """0 takes the most probable token."""
     batch: int = Field(200, ge=1)
@@ -285,12 +301,12 @@ class RunConfig(Section):
         if not isinstance(env, dict):
             return data
         world = _full_id(str(env.get("id", ALFWORLD)))
-        below = _merged({} if world == ALFWORLD else ELSEWHERE, WORLD_DEFAULTS.get(world, {}))
+        below = merged({} if world == ALFWORLD else ELSEWHERE, WORLD_DEFAULTS.get(world, {}))
         model = data.get("model")
         model = model if isinstance(model, dict) else {}
         small = model.get("type", "pretrained" if "path" in model else "small") == "small"
-        below = _merged(below, (SMALL_DEFAULTS if small else PRETRAINED_DEFAULTS).get(world, {}))
-        return _merged(below, {**data, "env": {**env, "id": world}})
+        below = merged(below, (SMALL_DEFAULTS if small else PRETRAINED_DEFAULTS).get(world, {}))
+        return merged(below, {**data, "env": {**env, "id": world}})
 
     @model_validator(mode="before")
     @classmethod
@@ -313,13 +329,13 @@ def _full_id(name: str) -> str:
 _WHOLE = frozenset({"kwargs", "train_kwargs", "expert", "format_options", "options", "overrides"})
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """``above`` with the keys of ``below`` that it lacks, in sections too."""
-    merged = {**below, **above}
+    result = {**below, **above}
     for key in below.keys() & above.keys():
         if isinstance(below[key], dict) and isinstance(above[key], dict) and key not in _WHOLE:
-            merged[key] = _merged(below[key], above[key])
-    return merged
+            result[key] = merged(below[key], above[key])
+    return result
 
 
 def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> RunConfig:
@@ -329,6 +345,15 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
     Raises:
         UsageError: unreadable file, malformed override, unknown key (with the nearest valid one), or a bad value.
+    """
+    return validated(RunConfig, read_toml(path, overrides))
+
+
+def read_toml(path: str | Path | None = None, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The tables of ``path`` with ``section.key=value`` overrides on top.
+
+    Raises:
+        UsageError: unreadable file, or malformed override.
     """
     data: dict[str, Any] = {}
     if path is not None:
@@ -343,10 +368,19 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         if not separator or not key.strip():
             raise UsageError(f"'{text}' is not an override; expected section.key=value, such as train.steps=50")
         _assign(data, key.strip().split("."), _toml_value(value.strip()))
+    return data
+
+
+def validated(schema: type[Schema], data: Mapping[str, Any]) -> Schema:
+    """``data`` as ``schema``.
+
+    Raises:
+        UsageError: unknown key (with the nearest valid one), or a bad value.
+    """
     try:
-        return RunConfig.model_validate(data)
+        return schema.model_validate(data)
     except ValidationError as error:
-        raise UsageError(_explain(error, data)) from error
+        raise UsageError(_explain(error, schema)) from error
 
 
 def _toml_value(text: str) -> Any:
@@ -365,27 +399,30 @@ def _assign(data: dict[str, Any], keys: list[str], value: Any) -> None:
     data[keys[-1]] = value
 
 
-def _section_at(location: tuple[int | str, ...]) -> type[BaseModel]:
+def _section_at(location: tuple[int | str, ...], schema: type[BaseModel]) -> type[BaseModel]:
     """The schema that holds the last key of ``location``; union tags are part of pydantic's locations."""
     variants: dict[str, type[BaseModel]] = {"small": SmallModelConfig, "pretrained": PretrainedModelConfig}
-    section: type[BaseModel] = RunConfig
+    section = schema
     for key in location[:-1]:
         if key in variants and section is RunConfig:
             section = variants[str(key)]
             continue
         field = section.model_fields.get(str(key))
-        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            section = field.annotation
+        annotation = field.annotation if field is not None else None
+        if get_origin(annotation) is list:
+            (annotation,) = get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
     return section
 
 
-def _explain(error: ValidationError, data: Mapping[str, Any]) -> str:
+def _explain(error: ValidationError, schema: type[BaseModel]) -> str:
     lines = []
     for problem in error.errors():
         location = problem["loc"]
         name = ".".join(str(key) for key in location if key not in ("small", "pretrained"))
         if problem["type"] == "extra_forbidden":
-            hint = nearest(str(location[-1]), _section_at(location).model_fields)
+            hint = nearest(str(location[-1]), _section_at(location, schema).model_fields)
             lines.append(f"unknown option '{name}'{hint}")
         elif problem["type"] == "union_tag_invalid":
             lines.append(f"option '{name}.type' is {problem['ctx']['tag']!r}; expected 'small' or 'pretrained'")

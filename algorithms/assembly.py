@@ -39,6 +39,7 @@ from ..config import EngineConfig, EnvConfig, RunConfig, SmallModelConfig
 from ..envs.pool import EnvPool
 from ..envs.wrappers import wrap
 from ..errors import UsageError, nearest
+from .checkpoint import checkpoint_of
 
 MANY_EPISODES = 64
 """Of a step, for which starting processes pays."""
@@ -133,6 +134,8 @@ def new_agent(config: RunConfig, device: torch.device) -> Agent:
     """
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    if isinstance(config.model, SmallModelConfig) and config.model.start is not None:
+        return load_agent(config, checkpoint_of(config.model.start), device)
     if isinstance(config.model, SmallModelConfig):
         world = open_world(config.env, config.env.train_split)
         if hasattr(world, "lexicon"):

@@ -1,7 +1,7 @@
 """Checkpoints: model weights that `transformers` can load, and all state that changes learning.
 
 - ``save_checkpoint``: write ``<name>/`` whole or not at all, then drop the oldest ones.
-- ``load_state``: the state that was saved. ``latest_checkpoint``: the newest folder.
+- ``load_state``: the state that was saved. ``latest_checkpoint``: the newest folder. ``checkpoint_of``: a run's.
 
 A checkpoint folder holds the model and tokenizer as ``save_pretrained`` writes them, ``state.json`` (plain
 values and the shape of the state) and ``state.safetensors`` (its tensors). Nothing is pickled.
@@ -61,6 +61,19 @@ def latest_checkpoint(parent: Path) -> Path | None:
     """The newest complete checkpoint under ``parent``, or None."""
     complete = _complete(parent)
     return complete[-1] if complete else None
+
+
+def checkpoint_of(path: str | Path) -> Path:
+    """The newest checkpoint of a run folder, or the checkpoint folder that ``path`` is itself.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    folder = Path(path)
+    found = latest_checkpoint(folder / "checkpoints") if (folder / "checkpoints").is_dir() else folder
+    if found is None or not (found / "config.json").is_file():
+        raise UsageError(f"'{path}' is no checkpoint, and no run that has one; expected a folder of either")
+    return found
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a person sees while a run goes on: a live table on a terminal, plain lines elsewhere.
 
 - ``Display``: one row a step (success with its interval, turns, entropy, tokens a second, time left) and a
-  status line under the table.
+  status line under the table, with alarms between them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._rows: list[tuple[str, ...]] = []
+        self._alarms: list[str] = []
         self._status = ""
         self._phase = ""
         self._started = time.monotonic()
@@ -62,10 +63,19 @@ class Display:
             self._live = None
             if self._rows:
                 self.console.print(self._table(self._rows))
+            for text in self._alarms:
+                self.console.print(Text(text, style="yellow"))
 
     def say(self, text: str) -> None:
         """Print a line that stays, above the live table."""
         self.console.print(text, highlight=False)
+
+    def alarm(self, text: str) -> None:
+        """Show a line that stays under the table; without a terminal, print it once."""
+        self._alarms.append(text)
+        if self._live is None:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._refresh()
 
     def status(self, phase: str, detail: str = "") -> None:
         """Say what is going on. Without a terminal only a change of ``phase`` is printed."""
@@ -113,7 +123,8 @@ class Display:
         if len(rows) > VISIBLE_ROWS:
             rows = [rows[0], ("⋮",) + ("",) * (len(COLUMNS) - 1), *rows[-VISIBLE_ROWS:]]
         elapsed = clock(time.monotonic() - self._started)
-        return Group(self._table(rows), Text(f"{elapsed}  {self._status}", style="dim"))
+        warnings = [Text(text, style="yellow") for text in self._alarms]
+        return Group(self._table(rows), *warnings, Text(f"{elapsed}  {self._status}", style="dim"))
 
     @staticmethod
     def _table(rows: list[tuple[str, ...]]) -> Table:

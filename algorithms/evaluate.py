@@ -12,7 +12,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,8 @@ class Evaluation:
     score: float
     entropy: float
     failed: int
+    outcomes: dict[str, Any] = field(default_factory=dict)
+    """What came of every episode: ``tasks`` [T], and ``won``, ``turns``, ``score``, each [T][samples]."""
 
     def metrics(self) -> dict[str, Any]:
         """The row for ``metrics.jsonl``."""
@@ -86,13 +88,21 @@ def evaluate(
     split: str,
     tasks: Sequence[str],
     *,
+    samples: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Play every task once; seeds depend on ``config.eval.seed`` and the task's id only."""
-    panel = [RolloutTask(task, 1, seed_from(config.eval.seed, zlib.crc32(task.encode()))) for task in tasks]
-    with make_pool(config.env, split, min(config.eval.batch, len(tasks))) as pool:
+    """Play every task ``samples`` times; success and turns are those of each task's first episode, whatever their
+    number. Seeds depend on ``config.eval.seed``, the task's id and the episode's number only."""
+    panel = [RolloutTask(task, samples, seed_from(config.eval.seed, zlib.crc32(task.encode()))) for task in tasks]
+    with make_pool(config.env, split, min(config.eval.batch, len(tasks) * samples)) as pool:
         trees = play_tasks(config, policy, pool, format, panel, split, progress)
-    return summarise(trees, split, panel_hash(tasks))
+    played = {
+        name: [[getattr(episode, name) for episode in tree.trajectories] for tree in trees]
+        for name in ("won", "turns", "score")
+    }
+    for tree in trees:
+        del tree.trajectories[1:]
+    return replace(summarise(trees, split, panel_hash(tasks)), outcomes={"tasks": list(tasks), **played})
 
 
 def evaluate_checkpoint(config: RunConfig, path: str, split: str, *, out: str | None = None) -> Evaluation:

@@ -115,6 +115,8 @@ class Learner:
         self.model = model.to(self.device).eval()
         self.step = 0
         """Optimiser steps, skipped ones included."""
+        self.plan: Plan | None = None
+        """What the last update made of its batch."""
         self.skipped = 0
         self._packs: bool | None = None
         """Whether rows are packed; found out when they first are."""
@@ -145,7 +147,7 @@ class Learner:
         batch = batch.to(self.device)
         if self.critic is not None and batch.values is None:
             batch = batch.replace(values=self.values(batch))
-        plan = recipe.plan(batch)
+        plan = self.plan = recipe.plan(batch)
         dealt = self._minibatches(batch, generator)
         pieces = max(1, len(dealt) // max(1, self.config.epochs))
         self._computed = self._read = 0
@@ -180,6 +182,13 @@ class Learner:
 
         self._computed = self._read = 0
         return _mean_metrics([self._optimise(batch, objective)]) | self._report(batch, started, 1)
+
+    def gradient(self, batch: Minibatch, objective: Objective) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """Metrics of ``objective``, and its gradient by each of the model's parameters; no step is taken."""
+        metrics = self._accumulate(batch.to(self.device), objective)
+        found = [parameter.grad for parameter in self.model.parameters()]
+        self.model.zero_grad(set_to_none=True)
+        return metrics, found
 
     @torch.no_grad()
     def score(self, batch: Minibatch, model: nn.Module | None = None) -> tuple[Tensor, Tensor]:
@@ -306,6 +315,25 @@ class Learner:
         Both are looked at because the clamp of the log-ratio turns the gradient of a NaN into 0. With a critic, one
         backward pass serves it too, and neither it nor the policy takes a step without the other.
         """
+        merged = self._accumulate(batch, objective, critic)
+        lr = self.config.lr_at(self.step)
+        outcome = {"grad_norm": self._clip(self.model, self.optimizer, lr)}
+        optimizers = [self.optimizer]
+        if critic is not None:
+            critic_lr = self.config.lr_at(self.step, self.config.critic_lr)
+            outcome["critic/grad_norm"] = self._clip(critic, self.critic_optimizer, critic_lr)
+            optimizers.append(self.critic_optimizer)
+        finite = all(bool(number.isfinite()) for number in (merged["loss"], *outcome.values()))
+        for optimizer in optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped += not finite
+        return merged | outcome | {"lr": torch.tensor(lr), "skipped": torch.tensor(float(not finite))}
+
+    def _accumulate(self, batch: Minibatch, objective: Objective, critic: Critic | None = None) -> dict[str, Tensor]:
+        """Add up the gradients and the metrics of the parts."""
         work = self._parts(batch)
 
         def learn(part: Part, model: nn.Module, critic: Critic | None = None) -> Metrics:
@@ -323,21 +351,7 @@ class Learner:
             raise
         self._computed += sum(part.computed for part in work)
         self._read += sum(int((part.batch.extent - 1).sum()) for part in work)
-        lr = self.config.lr_at(self.step)
-        outcome = {"grad_norm": self._clip(self.model, self.optimizer, lr)}
-        optimizers = [self.optimizer]
-        if critic is not None:
-            critic_lr = self.config.lr_at(self.step, self.config.critic_lr)
-            outcome["critic/grad_norm"] = self._clip(critic, self.critic_optimizer, critic_lr)
-            optimizers.append(self.critic_optimizer)
-        finite = all(bool(number.isfinite()) for number in (merged["loss"], *outcome.values()))
-        for optimizer in optimizers:
-            if finite:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.skipped += not finite
-        return merged | outcome | {"lr": torch.tensor(lr), "skipped": torch.tensor(float(not finite))}
+        return merged
 
     def _clip(self, module: nn.Module, optimizer: torch.optim.Optimizer, lr: float) -> Tensor:
         """Clip the gradient of ``module`` and set the learning rate; the norm before clipping."""

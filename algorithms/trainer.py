@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +43,8 @@ from .batch import Minibatch
 from .budget import rollout_metrics
 from .checkpoint import latest_checkpoint, load_state, save_checkpoint
 from .display import Display
-from .evaluate import Evaluation, evaluate, panel_of, summarise
+from .evaluate import evaluate, panel_of, summarise
+from .instruments.recorder import Recorder
 from .learner import Learner, LearnerConfig
 from .recipes import recipe
 from .runs import TIME_PREFIX, RunFolder
@@ -83,7 +85,8 @@ class Trainer:
         config = self.config
         self.device = prepare_device(config)
         self.tasks = select_tasks(tasks_of(config.env, config.env.train_split), config.env.train_tasks)
-        self.panel = panel_of(config, config.env.eval_split)
+        splits = dict.fromkeys((config.env.eval_split, *config.eval.also))
+        self.panels = {split: panel_of(config, split) for split in splits}
         overrides = {"total_steps": max(1, config.train.steps)} | config.algorithm.overrides
         self.recipe = recipe(config.algorithm.name, preset=config.algorithm.preset, **overrides)
         self._check_groups()
@@ -103,7 +106,7 @@ class Trainer:
             state = load_state(checkpoint)
             self.step, self.rows, self.warm_state = state["step"], state["rows"], state["warm_start"]
             self.drawn = state.get("drawn", max(0, self.step) * config.train.tasks_per_step)
-        self.learner = self._make_learner()
+        self.learner, self.recorder = self._make_learner(), Recorder(run, display, self.agent)
         if state is not None and self.step >= 0:
             self.learner.load_state_dict(state["learner"])
             self.recipe.load_state_dict(state["recipe"])
@@ -128,7 +131,7 @@ class Trainer:
         where = f" from step {self.step}" if self.step >= 0 else ""
         return (
             f"{config.algorithm.name} on {config.env.id}: {len(self.tasks)} training tasks, "
-            f"{len(self.panel)} held-out tasks ({config.env.eval_split}), "
+            f"{', '.join(f'{len(panel)} held-out tasks ({split})' for split, panel in self.panels.items())}, "
             f"{self.agent.model.config.model_type} of {size:.1f} M parameters, seed {config.seed}{where}"
         )
 
@@ -153,7 +156,8 @@ class Trainer:
                 self._warm_start()
                 self.learner = self._make_learner()  # a critic begins as a copy of the policy
             self.step = 0
-            self._evaluate()
+            if config.eval.before or not steps:
+                self._evaluate()
             self._checkpoint()
         else:
             self._show_history()
@@ -205,12 +209,13 @@ class Trainer:
             batch = batch.replace(old_entropy=self.learner.score(batch)[1])
         if self.recipe.needs_reference:
             batch = batch.replace(ref_logprobs=self.learner.score(batch, self._reference())[0])
-        metrics = self.learner.update(batch, generator)
+        metrics = self.recorder.update(self.learner, batch, generator)
         self.recipe.on_step_end(metrics)
         self._mind(metrics.get("mismatch/abs_mean", 0.0))
         update_seconds = time.perf_counter() - started
         if config.train.save_trajectories:
             self.run.save_trees(step, trees)
+            self.recorder.save_credit(step, trees, batch, self.learner)
 
         stats = self.engine.stats
         decoded = stats.decode_tokens - before[0]
@@ -237,7 +242,7 @@ class Trainer:
             TIME_PREFIX + "update_seconds": update_seconds,
             TIME_PREFIX + "tokens_per_second": decoded / rollout_seconds,
         }
-        self._log("train", row)
+        self._log("train", row | self.recorder.step_metrics(step, row, played))
         self.display.row(
             f"{step}",
             summary.success,
@@ -384,27 +389,33 @@ class Trainer:
                 if warm.done % SFT_CHECKPOINT_EVERY == 0 and warm.done < warm.total:
                     self._checkpoint(warm)
 
-    def _evaluate(self) -> Evaluation:
+    def _evaluate(self) -> None:
+        """Play the panel of every split. Rows of the first have the phase ``eval``, the others' ``eval/<split>``."""
         config, display = self.config, self.display
-        label = f"evaluating after step {self.step}"
-        display.status(label)
-        started = time.perf_counter()
         self.engine.load_weights(None, version=self.step)
-        decoded = self.engine.stats.decode_tokens
-        result = evaluate(
-            engine_policy(self.agent, self.engine, config, config.eval.temperature),
-            self.agent.format,
-            config,
-            config.env.eval_split,
-            self.panel,
-            progress=lambda count: display.status(label, f"{count.episodes}/{count.total} tasks, {count.won} won"),
-        )
-        seconds = time.perf_counter() - started
-        rate = (self.engine.stats.decode_tokens - decoded) / seconds
-        top_k = config.agent.entropy_top_k or self._own_top_k
-        self._log("eval", {**result.metrics(), "entropy/top_k": top_k, TIME_PREFIX + "seconds": seconds})
-        display.row(f"eval {self.step}", result.success, result.turns, result.entropy, rate, None)
-        return result
+        policy = engine_policy(self.agent, self.engine, config, config.eval.temperature)
+        samples = config.eval.samples if self.step == config.train.steps else 1
+        for split, panel in self.panels.items():
+            main = split == config.env.eval_split
+            label = f"evaluating after step {self.step}" + ("" if main else f" on {split}")
+            display.status(label)
+            started, decoded = time.perf_counter(), self.engine.stats.decode_tokens
+            result = evaluate(
+                policy,
+                self.agent.format,
+                config,
+                split,
+                panel,
+                samples=samples,
+                progress=partial(_count, display, label),
+            )
+            seconds = time.perf_counter() - started
+            rate = (self.engine.stats.decode_tokens - decoded) / seconds
+            row = {"entropy/top_k": config.agent.entropy_top_k or self._own_top_k, TIME_PREFIX + "seconds": seconds}
+            self.run.save_outcomes(self.step, split, {"temperature": config.eval.temperature, **result.outcomes})
+            self._log("eval" if main else f"eval/{split}", result.metrics() | row)
+            label = f"eval {self.step}" if main else split
+            display.row(label, result.success, result.turns, result.entropy, rate, None)
 
     def _rollout_tasks(self, first: int) -> list[RolloutTask]:
         """The next tasks of an endless sequence of shuffled passes over the training tasks; this step has had
@@ -470,7 +481,7 @@ class Trainer:
     def _show_history(self) -> None:
         """After a resume, the table starts with the rows that the run already has."""
         for row in self.run.rows():
-            if row["phase"] == "sft":
+            if row["phase"] not in ("train", "eval"):
                 continue
             trials = row.get("episodes") or row["success/tasks"]
             success = Proportion(round(row["success/rate"] * trials), trials)
@@ -486,6 +497,10 @@ class Trainer:
             Proportion(last["success/wins"], last["success/tasks"]),
             last["split"],
         )
+
+
+def _count(display: Display, label: str, count: Progress) -> None:
+    display.status(label, f"{count.episodes}/{count.total} episodes, {count.won} won")
 
 
 def _split_times(metrics: dict[str, Any]) -> dict[str, Any]:
