@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, load_config, to_toml
 from ..errors import UsageError
+from .view.index import index_file, pack
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -46,7 +47,8 @@ def default_run_dir(config: RunConfig) -> Path:
 class RunFolder:
     """The files of one run.
 
-    ``metrics.jsonl`` holds one row a line: ``phase`` (``sft``, ``eval``, ``train``), ``step``, and numbers.
+    ``metrics.jsonl`` holds one row a line: ``phase`` (``sft``, ``eval``, ``eval/<split>`` of further splits,
+    ``train``), ``step``, and numbers.
     """
 
     def __init__(self, path: Path, config: RunConfig) -> None:
@@ -71,7 +73,7 @@ class RunFolder:
 
     def make(self) -> None:
         """Create what is missing of the folder; the configuration of an existing run stays as it is."""
-        for part in ("checkpoints", "trajectories"):
+        for part in ("checkpoints", "evaluations", "trajectories"):
             (self.path / part).mkdir(parents=True, exist_ok=True)
         if not (self.path / "config.toml").exists():
             write_atomically(self.path / "config.toml", to_toml(self.config).encode())
@@ -116,7 +118,7 @@ class RunFolder:
                 writer.add_scalar(f"{phase}/{name}", value, step)
 
     def rewind(self, rows: int) -> None:
-        """Keep the first ``rows`` metric rows: those that the checkpoint had seen."""
+        """Keep the first ``rows`` metric rows, which the checkpoint had seen, and what was saved of their steps."""
         kept = [json.dumps(row) + "\n" for row, _ in zip(self.rows(), range(rows), strict=False)]
         write_atomically(self.metrics_file, "".join(kept).encode())
         # Event files cannot be cut; they are written anew from the rows that remain.
@@ -127,15 +129,26 @@ class RunFolder:
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
                     writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+        done = max((row["step"] for row in map(json.loads, kept) if row["phase"] == "train"), default=0)
+        for part in ("evaluations", "trajectories"):
+            for path in (self.path / part).glob("step-*"):
+                number = re.match(r"step-(\d+)[-.]", path.name)
+                if number and int(number[1]) > done:
+                    path.unlink()
 
     def save_trees(self, step: int, trees: Iterable[Tree]) -> None:
-        """Store a step's rollouts, one tree a line."""
-        lines = "".join(json.dumps(tree.to_dict(), separators=(",", ":")) + "\n" for tree in trees)
-        # mtime=0: equal trees give equal files.
-        write_atomically(
-            self.path / "trajectories" / f"step-{step:06d}.jsonl.gz",
-            gzip.compress(lines.encode(), compresslevel=5, mtime=0),
-        )
+        """Store a step's rollouts, one tree a line, and beside them their index."""
+        path = self.path / "trajectories" / f"step-{step:06d}.jsonl.gz"
+        data, index = pack(tree.to_dict() for tree in trees)
+        # At no moment does an index lie beside other trees than its own.
+        index_file(path).unlink(missing_ok=True)
+        write_atomically(path, data)
+        write_atomically(index_file(path), index)
+
+    def save_outcomes(self, step: int, split: str, outcomes: Mapping[str, Any]) -> None:
+        """Store what came of every episode of an evaluation, as JSON."""
+        path = self.path / "evaluations" / f"step-{step:06d}-{split.replace('/', '_')}.json"
+        write_atomically(path, json.dumps({"step": step, "split": split, **outcomes}, separators=(",", ":")).encode())
 
     def close(self) -> None:
         if self._writer is not None:

@@ -173,7 +173,9 @@ def loaded_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize("module", ["agentropy", "agentropy.envs", "agentropy.config", "agentropy.cli"])
+@pytest.mark.parametrize(
+    "module", ["agentropy", "agentropy.envs", "agentropy.config", "agentropy.cli", "agentropy.algorithms.view.app"]
+)
 def test_importing_the_light_parts_loads_neither_torch_nor_a_world(module):
     heavy = TENSORS | MODELS | WORLDS | {"matplotlib"}
     assert not loaded_by(f"import {module}") & heavy

@@ -1,4 +1,4 @@
-"""``agentropy view RUN --tree``: the episodes of one task as a tree in the terminal, with what was decided where.
+"""``agentropy view RUN --text``: the episodes of one task as a tree in the terminal, with what was decided where.
 
 - ``draw``: a tree as lines, for any width.
 - ``show``: print a tree of a run's saved rollouts. ``load_trees``: those of a step.
@@ -18,12 +18,13 @@ import numpy as np
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.text import Text
 
-from ..agents.branching import EntropyBranching
-from ..agents.tree import Node, Trajectory, Tree
-from ..config import RunConfig
-from ..errors import UsageError, nearest
-from .recipes import recipe
-from .runs import RunFolder
+from ...agents.branching import EntropyBranching
+from ...agents.tree import Node, Trajectory, Tree
+from ...config import RunConfig
+from ...errors import UsageError, nearest
+from ..recipes import recipe
+from ..runs import RunFolder
+from .index import step_files
 
 _LEAST = 12
 """Columns that a row's text must have; where figures would leave it less, they are left out."""
@@ -41,8 +42,7 @@ def load_trees(run: RunFolder, step: int | None = None) -> tuple[int, list[Tree]
     Raises:
         UsageError: there are none, or they cannot be read.
     """
-    folder = run.path / "trajectories"
-    files = {int(path.name[len("step-") : -len(".jsonl.gz")]): path for path in folder.glob("step-*.jsonl.gz")}
+    files = step_files(run.path)
     if not files:
         raise UsageError(f"'{run.path}' holds no trajectories yet; a run saves them with train.save_trajectories on")
     chosen = max(files) if step is None else step

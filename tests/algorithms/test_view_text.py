@@ -14,7 +14,7 @@ from rich.console import Console
 
 from agentropy.agents.tree import Trajectory, Tree
 from agentropy.algorithms.runs import RunFolder
-from agentropy.algorithms.treeview import draw, load_trees, show
+from agentropy.algorithms.view.text import draw, load_trees, show
 from agentropy.config import load_config
 from agentropy.errors import UsageError
 
@@ -443,7 +443,7 @@ def test_a_run_without_readable_trajectories_says_so(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is empty"):
         show(run)
     run.save_trees(2, [mug()])
-    path = next((tmp_path / "trajectories").glob("step-000002*"))
+    path = next((tmp_path / "trajectories").glob("step-000002*.gz"))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UsageError, match="cannot read"):
         show(run)

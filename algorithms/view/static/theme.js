@@ -1,0 +1,33 @@
+// Runs before anything is drawn, so that the page never flashes in the other theme.
+"use strict";
+
+window.agentropy = window.agentropy || {};
+
+(function (agentropy) {
+  const NAME = "agentropy.theme";
+
+  function remembered() {
+    try {
+      return localStorage.getItem(NAME);
+    } catch {
+      return null; // storage may be forbidden; the theme then lasts as long as the page
+    }
+  }
+
+  agentropy.setTheme = (theme) => {
+    document.documentElement.dataset.theme = theme;
+    try {
+      localStorage.setItem(NAME, theme);
+    } catch {
+      // see above
+    }
+    document.dispatchEvent(new Event("agentropy:theme"));
+  };
+
+  const before = remembered();
+  if (before === "light" || before === "dark") document.documentElement.dataset.theme = before;
+  matchMedia("(prefers-color-scheme: dark)").addEventListener(
+    "change",
+    () => document.dispatchEvent(new Event("agentropy:theme")),
+  );
+})(window.agentropy);
