@@ -117,13 +117,38 @@ def _parser(serving: bool) -> argparse.ArgumentParser:
     if serving:
         _servers(served)
 
-    view = commands.add_parser("view", help="look at a run's saved episodes", allow_abbrev=False)
-    view.add_argument("run_folder", metavar="RUN")
-    view.add_argument("--tree", action="store_true", help="draw one task's episodes as a tree in the terminal")
-    view.add_argument("--step", type=int, metavar="N", help="whose rollouts; the newest step when left out")
-    view.add_argument("--task", help="task id, or number of a tree; the one with most forks when left out")
-    view.add_argument("--depth", type=int, metavar="N", help="turns to draw; all when left out")
+    view = commands.add_parser("view", help="look at runs in the browser, or in the terminal", allow_abbrev=False)
+    view.add_argument("run_folders", metavar="RUN", nargs="+", help="run folder, or a folder with runs in it")
+    view.add_argument("--host", default="127.0.0.1", help="address to listen on; this machine alone when left out")
+    view.add_argument("--port", type=int, help="0 for any free one; a free one from 8765 on when left out")
+    view.add_argument("--no-browser", action="store_true", help="only print the address")
+    view.add_argument("--export", metavar="DIR", help="write the page as files that open without a server")
+    view.add_argument("--text", action="store_true", help="draw one task's episodes as a tree in the terminal")
+    view.add_argument("--step", type=int, metavar="N", help="of --text: whose rollouts; the newest when left out")
+    view.add_argument("--task", help="of --text: task id, or number of a tree; most forks when left out")
+    view.add_argument("--depth", type=int, metavar="N", help="of --text: turns to draw; all when left out")
     view.set_defaults(run=_view)
+
+    bench = commands.add_parser("bench", help="measure", allow_abbrev=False)
+    measures = bench.add_subparsers(title="what", metavar="WHAT", required=True)
+    algorithms = measures.add_parser(
+        "algorithms", help="compare methods on equal terms: recipes × environments × seeds"
+    )
+    algorithms.add_argument(
+        "--config", required=True, metavar="FILE", help="TOML file of the grid; or laptop, gpu, cluster"
+    )
+    algorithms.add_argument("--out", metavar="FOLDER", help="folder of all runs; runs/bench-NAME when left out")
+    algorithms.add_argument("--jobs", type=int, metavar="N", help="runs at once; resources.jobs when left out")
+    algorithms.add_argument(
+        "--backend", choices=("processes", "ray"), default="processes", help="where runs are started"
+    )
+    algorithms.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help="any key of the file"
+    )
+    algorithms.add_argument("--results", metavar="FOLDER", help="write the report there as well, as algorithms-NAME.*")
+    algorithms.add_argument("--report", action="store_true", help="only report what is finished")
+    algorithms.add_argument("--dry-run", action="store_true", help="check every run of the grid, list them, and stop")
+    algorithms.set_defaults(run=_bench_algorithms)
 
     report = commands.add_parser("report", help="write report.html of a run again", allow_abbrev=False)
     report.add_argument("run_folder", metavar="RUN")
@@ -309,13 +334,16 @@ def _bfcl(arguments: argparse.Namespace) -> int:
 
 
 def _view(arguments: argparse.Namespace) -> int:
-    if not arguments.tree:
-        raise UsageError(f"there is one view so far: `agentropy view {arguments.run_folder} --tree`")
-    from .algorithms.runs import RunFolder
-    from .algorithms.treeview import show
+    from .algorithms.view.command import view
 
-    show(RunFolder.open(arguments.run_folder), arguments.step, arguments.task, arguments.depth)
-    return 0
+    options = {name: getattr(arguments, name) for name in ("export", "text", "step", "task", "depth", "host", "port")}
+    return view(arguments.run_folders, browser=not arguments.no_browser, **options)
+
+
+def _bench_algorithms(arguments: argparse.Namespace) -> int:
+    from .benchmarks.comparison.command import main as bench
+
+    return bench(arguments)
 
 
 def _report(arguments: argparse.Namespace) -> int:

@@ -51,8 +51,11 @@ def test_a_dry_run_prints_a_configuration_that_reads_back(capsys: pytest.Capture
         (["data", "pack", "/nowhere", "/nowhere/out"], "/nowhere"),
         (["data", "pack", "/nowhere", "/nowhere/games.zip"], "ends in .jsonl.xz or .jsonl.gz"),
         (["recipes", "show", "grop"], "did you mean 'grpo'"),
-        (["view", "/nowhere"], "`agentropy view /nowhere --tree`"),
-        (["view", "/nowhere", "--tree"], "holds no run"),
+        (["view", "/nowhere"], "'/nowhere' holds no run"),
+        (["view", "/nowhere", "--text"], "holds no run"),
+        (["view", "/nowhere", "/nowhere", "--text"], "--text draws a tree of one run, and 2 folders were named"),
+        (["view", "/nowhere", "--step", "3"], "--step goes with --text"),
+        (["view", "/nowhere", "--text", "--export", "page"], "choose one of them"),
     ],
 )
 def test_wrong_input_is_one_sentence_and_leaves_nothing_behind(
@@ -104,11 +107,11 @@ def test_a_tree_of_a_run_is_drawn_without_colours_where_nobody_looks(tmp_path: P
     folder = RunFolder(tmp_path, load_config())
     folder.make()
     folder.save_trees(3, [tree])
-    done = run("view", str(tmp_path), "--tree", "--step", "3", "--task", "put-mug-on-desk", "--depth", "1")
+    done = run("view", str(tmp_path), "--text", "--step", "3", "--task", "put-mug-on-desk", "--depth", "1")
     assert done.returncode == 0, done.stderr
     assert "put-mug-on-desk  train, step 3, tree 0 of 1" in done.stdout and "│ go to desk" in done.stdout
     assert "\x1b" not in done.stdout
-    wrong = run("view", str(tmp_path), "--tree", "--task", "put-mug-on-dsk")
+    wrong = run("view", str(tmp_path), "--text", "--task", "put-mug-on-dsk")
     assert wrong.returncode == 2 and "did you mean 'put-mug-on-desk'" in wrong.stderr
 
 

@@ -78,6 +78,13 @@ def package_folders(tree: Path, project: dict) -> dict[str, Path]:
     return {name: tree.joinpath(*name.split(".")[1:]) for name in names}
 
 
+def data_folders(tree: Path, project: dict) -> set[str]:
+    """Folders within packages whose files are listed as data, such as those of the page of `agentropy view`."""
+    listed = project["tool"]["setuptools"]["package-data"].items()
+    patterns = [f"{name.replace('.', '/')}/{pattern}" for name, patterns in listed for pattern in patterns]
+    return {pattern.removesuffix("/*") for pattern in patterns if pattern.endswith("/*")}
+
+
 def modules_of(contents: set[str]) -> list[str]:
     files = sorted(name for name in contents if name.startswith("agentropy/") and name.endswith(".py"))
     return [name.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for name in files]
@@ -99,7 +106,7 @@ def test_the_wheel_has_every_source_file(tree, project, contents):
         f"{name.replace('.', '/')}/{file.name}" for name, folder in folders.items() for file in folder.glob("*.py")
     }
     assert expected <= contents
-    aside = {"tests", *project["build-system"].get("backend-path", [])}
+    aside = {"docs", "tests", *project["build-system"].get("backend-path", [])}
     loose = {
         file.relative_to(tree)
         for folder in tree.iterdir()
@@ -111,7 +118,9 @@ def test_the_wheel_has_every_source_file(tree, project, contents):
 
 
 def test_the_wheel_has_every_data_file(tree, project, contents):
-    expected = {"agentropy/py.typed"}
+    expected = {"agentropy/py.typed", "agentropy/algorithms/view/static/index.html"}
+    for folder in data_folders(tree, project):
+        expected |= {f"{folder}/{file.name}" for file in tree.joinpath(*folder.split("/")[1:]).iterdir()}
     for name, folder in package_folders(tree, project).items():
         if name == "agentropy":
             continue  # beside the root's modules lie the project's own files, which are no package data
@@ -122,11 +131,11 @@ def test_the_wheel_has_every_data_file(tree, project, contents):
 
 
 def test_the_wheel_has_nothing_but_the_package(contents, tree, project):
-    packages = {name.replace(".", "/") for name in package_folders(tree, project)}
+    folders = {name.replace(".", "/") for name in package_folders(tree, project)} | data_folders(tree, project)
     strangers = {
         name
         for name in contents
-        if not name.split("/")[0].endswith(".dist-info") and str(Path(name).parent) not in packages
+        if not name.split("/")[0].endswith(".dist-info") and str(Path(name).parent) not in folders
     }
     # Python reads it at each start, and Gymnasium so learns of the environments.
     assert strangers == {"agentropy-gymnasium.pth"}
