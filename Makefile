@@ -2,6 +2,7 @@
 #
 #   make train ARGS="--algorithm grpo"     options of `agentropy train`
 #   make test ARGS="-k tree"               options of pytest
+#   make docs                              the documentation as a site, in site/
 #   make vllm                              vLLM for CPUs, in an environment of its own: 3.5 GB
 #   make setup PYTHON=python3.12           another interpreter
 #
@@ -30,7 +31,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # fast-downward-textworld builds with whichever CMake pip fetches; CMake 4 refuses its old policies otherwise.
 export CMAKE_POLICY_VERSION_MINIMUM ?= 3.5
 
-.PHONY: train test lint types setup vllm clean
+.PHONY: train test lint types docs setup vllm clean
 
 train: $(if $(wildcard $(DEV)),$(DEV),$(TRAIN))
 	@$(BIN)/agentropy train $(ARGS)
@@ -50,6 +51,9 @@ lint: $(DEV)
 types: $(DEV)
 	@mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/agentropy
 	@$(BIN)/mypy --cache-dir $(VENV)/mypy
+
+docs: $(DEV)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
 
 setup: $(DEV)
 
@@ -90,5 +94,5 @@ $(VLLM)/.installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM) build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,7 +31,7 @@ Status = Literal["ok", "missing", "broken"]
 
 EXTRAS = (
     *("train", "alfworld", "bfcl", "scienceworld", "search", "textworld", "tools", "mcp", "parquet", "reasoning-gym"),
-    *("vllm", "http", "serve", "track", "dev"),
+    *("vllm", "http", "serve", "track", "cluster", "docs", "dev"),
 )
 # The checks that `agentropy train` needs; without the others it runs.
 REQUIRED = frozenset({"python", "extra train", "torch"})

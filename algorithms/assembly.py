@@ -86,6 +86,13 @@ def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
     try:
         world = gymnasium.make(config.id, split=split, disable_env_checker=True, **config.kwargs).unwrapped
         return wrap(world, config.wrappers)
+    except ModuleNotFoundError as error:
+        module, _, _ = config.id.rpartition(":")
+        if getattr(error.__cause__, "name", None) != module:
+            raise
+        raise UsageError(
+            f"env.id: there is no module '{module}'; `python -m agentropy` also looks for modules in this folder"
+        ) from error
     except gymnasium.error.UnregisteredEnv as error:
         # Those without a namespace are Gymnasium's own, which are no text worlds.
         hint = nearest(config.id, (name for name in gymnasium.registry if "/" in name))

@@ -149,14 +149,14 @@ def _scores(runs: Sequence[Run], split: str, final: Floats, target: float, rng: 
 
     def by_k(estimate: Any) -> list[Report]:
         every = range(1, samples + 1)
-        return [{"k": k} | statistics.crossed_interval(estimate(samples, counts, k), rng).to_dict() for k in every]
+        return [{"k": k} | statistics.rate_interval(estimate(samples, counts, k), rng).to_dict() for k in every]
 
     return {
-        "final": statistics.crossed_interval(final, rng).to_dict(),
+        "final": statistics.rate_interval(final, rng).to_dict(),
         "final_by_seed": {str(run.seed): float(row.mean()) for run, row in zip(runs, final, strict=True)},
-        "area": statistics.crossed_interval(areas, rng).to_dict(),
+        "area": statistics.rate_interval(areas, rng).to_dict(),
         "curve": [
-            {"step": int(step)} | statistics.crossed_interval(curves[:, number], rng).to_dict()
+            {"step": int(step)} | statistics.rate_interval(curves[:, number], rng).to_dict()
             for number, step in enumerate(steps)
         ],
         "costs": [

@@ -1,6 +1,6 @@
 """Statistics of a comparison, from scipy: intervals over seeds and tasks, paired tests, corrections.
 
-- ``crossed_interval``: of a mean over seeds and tasks, both of which are samples.
+- ``crossed_interval``: of a mean over seeds and tasks, both of which are samples. ``rate_interval``: of rates.
 - ``compare``: one recipe against another on the same tasks and seeds. ``adjust``: many comparisons at once.
   ``differs``: whether two can be told apart.
 - ``improvement``: how often a run of one recipe beats a run of the other. ``smallest_effect``: what could be found.
@@ -72,6 +72,17 @@ def crossed_interval(scores: ArrayLike, rng: np.random.Generator) -> Interval:
         return table[rows[..., :, None], columns[..., None, :]].mean((-1, -2))
 
     return Interval(value, *_bootstrap([np.arange(table.shape[axis]) for axis in drawn], mean, rng))
+
+
+def rate_interval(won: ArrayLike, rng: np.random.Generator) -> Interval:
+    """``crossed_interval`` of rates, whose resamples say nothing where all are 0, or all 1: there it is Wilson's, of as
+    many trials as tasks."""
+    table = np.asarray(won, np.float64)
+    value, tasks = float(table.mean()), table.shape[1]
+    if np.ptp(table) > 0 or value not in (0.0, 1.0):
+        return crossed_interval(table, rng)
+    found = stats.binomtest(round(value * tasks), tasks).proportion_ci(1 - ALPHA, method="wilson")
+    return Interval(value, float(found.low), float(found.high))
 
 
 def compare(scores: ArrayLike, baseline: ArrayLike, rng: np.random.Generator) -> Comparison:

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -18,9 +16,9 @@ from agentropy.config import RUN_OVERRIDES, load_config
 from agentropy.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-README = ROOT / "algorithms" / "README.md"
-PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "algorithms").glob("*.md"))}
-EVERY_PAGE = pytest.mark.parametrize("path", [README, *PAGES.values()], ids=lambda path: path.stem)
+INDEX = ROOT / "docs" / "algorithms" / "index.md"
+PAGES = {path.stem: path for path in sorted(INDEX.parent.glob("*.md")) if path != INDEX}
+EVERY_PAGE = pytest.mark.parametrize("path", [INDEX, *PAGES.values()], ids=lambda path: path.stem)
 EVERY_RECIPE = pytest.mark.parametrize("name", recipes())
 METHODS_TABLE = "| method | slots it fills | equation | default | what differs from the official code |"
 
@@ -49,8 +47,8 @@ def commands(path: Path) -> list[list[str]]:
 
 def test_every_recipe_has_a_page_and_a_row_with_a_link_to_it():
     assert sorted(PAGES) == list(recipes())
-    links = [re.fullmatch(r"\[(\w+)\]\((.+)\)", row[0]).groups() for row in table(README, METHODS_TABLE)]
-    assert sorted(links) == [(name, f"../docs/algorithms/{name}.md") for name in recipes()]
+    links = [re.fullmatch(r"\[(\w+)\]\((.+)\)", row[0]).groups() for row in table(INDEX, METHODS_TABLE)]
+    assert sorted(links) == [(name, f"{name}.md") for name in recipes()]
 
 
 @EVERY_RECIPE
@@ -103,7 +101,7 @@ def fillable(name: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("row", table(README, METHODS_TABLE), ids=lambda row: row[0])
+@pytest.mark.parametrize("row", table(INDEX, METHODS_TABLE), ids=lambda row: row[0])
 def test_the_table_of_methods_names_the_slots_that_are_filled(row):
     name = re.match(r"\[(\w+)\]", row[0])[1]
     always, _, sometimes = row[1].rstrip(")").partition(" (")
@@ -113,7 +111,7 @@ def test_the_table_of_methods_names_the_slots_that_are_filled(row):
 
 
 def test_the_table_of_slots_names_every_slot_and_component():
-    rows = {re.search(r"`(\w+)`", row[0])[1]: row for row in table(README, "| slot | what it decides | components |")}
+    rows = {re.search(r"`(\w+)`", row[0])[1]: row for row in table(INDEX, "| slot | what it decides | components |")}
     assert list(rows) == list(vars(DEFAULT_SLOTS))
     assert [int(row[0].split()[0]) for row in rows.values()] == [1, 2, 3, 4, 5, 6, 7, 7, 8, 9, 10]
     for slot, row in rows.items():
@@ -187,44 +185,10 @@ def test_commands_resolve_and_make_their_recipe(path, capsys, tmp_path):
         file.write_text(capsys.readouterr().out)
         algorithm = load_config(file).algorithm
         made = recipe(algorithm.name, preset=algorithm.preset, **algorithm.overrides)
-        assert path == README or path.stem in made.methods
+        assert path == INDEX or path.stem in made.methods
 
 
 def test_the_settings_that_a_run_adds_are_named():
-    text = set(ticked(README.read_text()))
+    text = set(ticked(INDEX.read_text()))
     for options in RUN_OVERRIDES.values():
         assert {f"{key}={value}" for key, value in options.items()} <= text
-
-
-def test_the_code_of_the_readme_runs_and_prints_what_it_says(tmp_path):
-    """In a process of its own, since it registers a method."""
-    code = "".join(fences(README, "python"))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
-
-
-def test_the_method_of_the_readme_keeps_the_laws():
-    """Its gradient is the bounded ratio times the plain one; it splits, and what is masked changes nothing."""
-    (code,) = (block for block in fences(README, "python") if "@register" in block)
-    check = """
-import math, torch
-from tests.algorithms.conftest import make_batch
-from agentropy.algorithms import recipe
-batch, logprobs, entropy = make_batch(3)
-made = recipe("cispo")
-plan = made.plan(batch)
-def gradient(lp, rows=slice(None)):
-    lp = lp.clone().requires_grad_()
-    index = torch.arange(len(batch))[rows]
-    made.loss(batch.select(index), plan.select(index), lp[index], entropy[index])[0].backward()
-    return lp.grad
-whole = gradient(logprobs)
-weight = (logprobs - batch.old_logprobs).exp().clamp(max=1.28)
-assert (weight == 1.28).any() and (weight < 1).any()
-assert torch.allclose(whole, -plan.advantages * plan.coefficients * weight)
-assert torch.allclose(gradient(logprobs, slice(0, 5)) + gradient(logprobs, slice(5, None)), whole)
-assert torch.equal(gradient(torch.where(batch.mask, logprobs, math.nan)), whole)
-"""
-    done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stderr

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from agentropy.algorithms.stats import Proportion
 from agentropy.benchmarks.comparison import statistics
 
 SEEDS, TASKS, LAST = 5, 128, 2
@@ -74,6 +75,13 @@ def test_runs_are_the_unit_of_chance():
     table = np.repeat([[0.0], [1.0], [0.0], [1.0]], TASKS, axis=1)
     interval = statistics.crossed_interval(table, np.random.default_rng(0))
     assert interval.high - interval.low >= 0.9
+
+
+@pytest.mark.parametrize("won", [0.0, 1.0])
+def test_a_rate_of_none_or_all_is_not_certain(won):
+    interval = statistics.rate_interval(np.full((SEEDS, TASKS), won), np.random.default_rng(0))
+    expected = Proportion(round(won * TASKS), TASKS)
+    assert (interval.low, interval.high) == pytest.approx(expected.interval)
 
 
 def test_one_run_has_an_interval_over_tasks_and_no_test():
