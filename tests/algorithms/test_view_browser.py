@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
 import shutil
 import threading
@@ -17,14 +16,24 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from agentropy.agents.tree import Trajectory, Tree
-from agentropy.algorithms.instruments.credit import Credit, credit_path, save_credit
 from agentropy.algorithms.runs import RunFolder
 from agentropy.algorithms.view.app import create_app
 from agentropy.algorithms.view.export import export
 from agentropy.algorithms.view.library import Library
-from agentropy.algorithms.view.text import load_trees
-from tests.algorithms.view_runs import TOKENIZER, append, make_run, success
+from tests.algorithms.view_page import (
+    CONTRAST,
+    CUT,
+    NAMELESS,
+    SCRIPT,
+    actions,
+    between,
+    forked,
+    luminance,
+    numbers,
+    rows_of,
+    small_run,
+)
+from tests.algorithms.view_runs import append, make_run, success
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
 uvicorn = pytest.importorskip("uvicorn")
@@ -42,8 +51,6 @@ MANY = 10_000
 MILLISECONDS = 20_000.0
 """To wait for what must appear; a busy machine needs many of them, and a good page none."""
 
-SCRIPT = '<img src=x onerror="document.title=1"><script>document.title=1</script> & <b>bold</b>'
-
 
 @dataclass
 class Site:
@@ -53,62 +60,6 @@ class Site:
     folder: Path
     problems: list[str] = field(default_factory=list)
     """What the browser complained of, and requests that left for another host."""
-
-
-def walk(tree: Tree, parent: int, turn: int, *said: str, paid: float = 0.0, entropy: float = 0.5) -> int:
-    """Actions and observations in turn, an action first."""
-    for number, text in enumerate(said):
-        tokens = TOKENIZER.encode(text if "<" not in text else "look", add_special_tokens=False)
-        if number % 2:
-            parent = tree.add(parent, "observation", tokens, turn=turn, text=text)
-            turn += 1
-        else:
-            place = np.arange(len(tokens))
-            floats = {"entropies": entropy * (1 + place), "logprobs": -0.3 * entropy * (2 + place)}
-            parent = tree.add(parent, "action", tokens, sampled=True, turn=turn, reward=paid, text=text, **floats)
-    return parent
-
-
-def forked() -> Tree:
-    """Two episodes; #2 leaves #0 before its second turn, and #3 leaves #2 before the third."""
-    tree = Tree("put-mug-on-desk/7", "train")
-    start = tree.add(-1, "prompt", [3, 4], text=f"You are in a room. {SCRIPT}")
-    shelf = walk(tree, start, 0, "go to the shelf", f"You see a mug. {SCRIPT}", entropy=0.2)
-    take = walk(tree, shelf, 1, "take mug from shelf", "You have it.", entropy=0.9, paid=0.5)
-    won = walk(tree, take, 2, "put mug on desk", entropy=0.1, paid=1.0)
-    words = "look on the desk and the shelf and in the fridge with a lamp from the shelf"
-    look = walk(tree, shelf, 1, words, "A desk.", entropy=0.4)
-    late = walk(tree, look, 2, "take a lamp", "You have it.", "go to desk", entropy=0.3)
-    open_ = walk(tree, look, 2, "open the fridge", entropy=0.7, paid=-0.25)
-    lamp = walk(tree, start, 0, "go to lamp", "Nothing.", "heat mug", entropy=0.6, paid=-0.1)
-    decided = {"turn": 1, "delta_entropy": 0.7, "probability": 0.64, "forks": 1}
-    left = {"delta_entropy": 0.7, "probability": 0.64}
-    tree.trajectories = [
-        Trajectory((won,), reward=1.5, won=True, score=1.0, turns=3, info={"branching": [decided]}),
-        Trajectory((lamp,), reward=-0.2, turns=2),
-        Trajectory((late,), turns=4, truncated=True, info={"fork": {"parent": 0, "turn": 1, **left}}),
-        Trajectory((open_,), reward=-0.25, turns=3, info={"fork": {"parent": 2, "turn": 2, **left}}),
-    ]
-    return tree
-
-
-def credit_of(tree: Tree) -> Credit:
-    """Advantages of both signs with exact zeros, and weights from 0 to above 2, for each sampled token of a walk."""
-    leaves = [trajectory.leaves[0] for trajectory in tree.trajectories]
-    sizes = [int(tree.mask(leaf).sum()) for leaf in leaves]
-    start = np.concatenate(([0], np.cumsum(sizes, dtype=np.int64)))
-    place = np.arange(start[-1])
-    members = np.arange(len(leaves), dtype=np.int32)
-    advantage = (((place % 7) - 3) * 0.4).astype(np.float32)
-    weight = (place % 5 * 0.55).astype(np.float32)
-    return Credit(np.zeros_like(members), members, np.array(leaves, np.int32), start, advantage, weight)
-
-
-def small_run(folder: Path) -> None:
-    run = make_run(folder, steps=2, tasks=2, forks=True, credit=True, overrides=("algorithm.name=arpo",))
-    run.save_trees(3, [forked()])
-    save_credit(credit_path(folder, 3), credit_of(forked()))
-    append(run, "train", 3, success(0.6) | {"entropy/action_mean": 0.4, "entropy/by_turn": [0.5, 0.3], "turns": 4.0})
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +144,7 @@ VIEWS = {
     "run": ("#/run/forks", ".plot svg"),
     "list": ("#/trajectories", ".many #row-0"),
     "episode": (TREE + "?branch=3", ".token[data-value]"),
-    "advantage": (TREE + "?branch=2&colour=advantage", '[data-measure="advantage"][aria-pressed="true"]'),
+    "advantage": (TREE + "?branch=0&colour=advantage", '[data-measure="advantage"][aria-pressed="true"]'),
     "compare": ("#/compare/forks/live", ".pair .token[data-value]"),
     "nothing": ("#/run/missing", ".notice"),
 }
@@ -204,13 +155,6 @@ def said(page: Page) -> list[str]:
     """The actions of the open branch, without the token that ends them."""
     texts = page.locator(".talk .said").all_inner_texts()
     return [re.sub(r"\s*<[a-z]+>\s*$", "", text).strip() for text in texts]
-
-
-def actions(tree: Tree, member: int) -> list[str]:
-    return [node.text for node in tree.path(tree.trajectories[member].leaves[0]) if node.role == "action"]
-
-
-# --- what is shown is what was saved
 
 
 def test_every_branch_is_shown_with_exactly_the_tokens_of_its_walk(open_page: Open) -> None:
@@ -251,21 +195,6 @@ def test_what_the_environment_wrote_stays_text(open_page: Open) -> None:
     assert page.title() != "1"
 
 
-def between(stops: list[str], share: float) -> list[int]:
-    """The scale, written again: straight between equally spaced colours."""
-    colours = np.array([[int(stop[at : at + 2], 16) for at in (1, 3, 5)] for stop in stops], float)
-    places = np.linspace(0, 1, len(colours))
-    return [math.floor(np.interp(share, places, colours[:, channel]) + 0.5) for channel in range(3)]
-
-
-def numbers(tree: Tree, measure: str, member: int) -> list[float]:
-    leaf = tree.trajectories[member].leaves[0]
-    if measure in ("entropy", "logprob"):
-        return (tree.entropies if measure == "entropy" else tree.logprobs)(leaf)[tree.mask(leaf)].tolist()
-    credit = credit_of(tree)
-    return getattr(credit, measure)[credit.start[member] : credit.start[member + 1]].tolist()
-
-
 @pytest.mark.parametrize("theme", THEMES)
 def test_the_colour_of_every_token_is_that_of_its_number(open_page: Open, theme: str) -> None:
     tree, page = forked(), open_page(TREE, theme=theme)
@@ -292,11 +221,6 @@ def test_the_colour_of_every_token_is_that_of_its_number(open_page: Open, theme:
         if measure == "weight":
             struck = page.eval_on_selector_all(".talk .masked", "spans => spans.map(s => Number(s.dataset.value))")
             assert struck == [value for value in expected if value == 0]
-
-
-def luminance(colour: list[int]) -> float:
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in colour)]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
 
 
 def test_scales_are_ordered_by_lightness_and_keep_words_readable(open_page: Open) -> None:
@@ -338,20 +262,6 @@ def test_a_run_without_credit_says_why_there_are_no_advantages(open_page: Open) 
     assert "stored no advantages" in (button.get_attribute("title") or "")
     page.keyboard.press("3")
     assert page.locator('[data-measure="entropy"]').get_attribute("aria-pressed") == "true"
-
-
-# --- the list
-
-
-def rows_of(run: RunFolder) -> list[dict[str, Any]]:
-    """What the list must know of each trajectory, straight from the saved trees."""
-    folder = run.path / "trajectories"
-    return [
-        {"step": step, "task": tree.task, "won": own.won, "reward": own.reward, "info": own.info}
-        for step in sorted(int(path.name[5:11]) for path in folder.glob("*.jsonl.gz"))
-        for tree in load_trees(run, step)[1]
-        for own in tree.trajectories
-    ]
 
 
 def tally(page: Page, count: int, whole: int) -> None:
@@ -433,9 +343,6 @@ def test_columns_sort_in_both_directions_and_back(open_page: Open) -> None:
     assert page.locator("#row-0 .c-task").inner_text() == index["tasks"][index["columns"]["task"][0]]
 
 
-# --- keys, themes, sizes
-
-
 def test_from_the_runs_to_a_token_and_back_with_keys_alone(open_page: Open) -> None:
     page = open_page()
 
@@ -494,52 +401,6 @@ def test_the_theme_follows_the_system_until_it_is_chosen_and_then_stays(open_pag
     assert open_page(theme="light").evaluate(background) == light
 
 
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-  const rgba = (colour) => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    return [...canvas.getImageData(0, 0, 1, 1).data];
-  };
-  const linear = (value) => (value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
-  const light = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-  const ground = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = rgba(getComputedStyle(at).backgroundColor);
-      if (colour[3] === 255) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const poor = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const box = element.getBoundingClientRect(), style = getComputedStyle(element);
-    const words = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!words || !box.width || !box.height || element.closest(".unseen, noscript, option")) continue;
-    const ink = light(rgba(element instanceof SVGElement ? style.fill : style.color)), paper = light(ground(element));
-    const ratio = (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05);
-    if (ratio < 4.5) poor.push([element.tagName, element.getAttribute("class"), element.textContent, ratio]);
-  }
-  return poor;
-}"""
-"""Words whose contrast with what is behind them is less than WCAG's AA."""
-
-NAMELESS = """() => {
-  const named = (element) =>
-    element.getAttribute("aria-label") || element.textContent.trim() || element.closest("label");
-  const parts = "a, button, input, select, [role=slider], [role=treeitem], [role=grid], [role=img]";
-  return [...document.querySelectorAll(parts)].filter((element) => !element.closest("[hidden], noscript"))
-    .filter((element) => !named(element)).map((element) => element.outerHTML);
-}"""
-
-CUT = """() => [...document.querySelectorAll("body *")].filter((element) => {
-  const box = element.getBoundingClientRect();
-  const clipped = element.closest(".sideways, .unseen, pre, .space a, #crumbs, .skip");
-  return box.width && !clipped && (box.right > innerWidth + 1 || box.left < -1);
-}).map((element) => [element.tagName, element.getAttribute("class")])"""
-"""What reaches over the edges of the window, apart from what scrolls or ends in dots by itself."""
-
-
 @pytest.mark.parametrize(("theme", "size"), [("light", WIDE), ("light", PHONE), ("dark", WIDE)], ids=str)
 def test_every_view_fits_its_window_and_all_words_can_be_read(open_page: Open, theme: str, size: Any) -> None:
     page = open_page("#/", size=size, theme=theme)
@@ -558,9 +419,6 @@ def test_what_is_not_there_is_said_with_what_to_do(open_page: Open) -> None:
     page.get_by_role("link", name="Go to all runs").click()
     page.wait_for_selector("tr[data-run]")
     assert "names nothing" in open_page("#/what/is/this").locator("main").inner_text()
-
-
-# --- runs, live and side by side
 
 
 def test_curves_show_the_metrics_of_the_file(open_page: Open, site: Site) -> None:

@@ -233,7 +233,7 @@
       COLUMNS.forEach((column, at) => {
         const on = sort.name === column.name;
         heads[at].setAttribute("aria-sort", on ? (sort.down ? "descending" : "ascending") : "none");
-        heads[at].querySelector(".arrow").textContent = on ? (sort.down ? " ↓" : " ↑") : "";
+        heads[at].querySelector(".arrow").textContent = on ? (sort.down ? "↓" : "↑") : "";
       });
       orders.value = sort.name ? `${sort.name} ${sort.down ? 1 : 0}` : "";
       tally.textContent = seen.length === rows.size
