@@ -114,7 +114,7 @@ def _panel(
                 f"'{run.folder}' was evaluated on other tasks or after other steps than '{some[0]}'; "
                 "the runs of a comparison must share both"
             )
-    start = np.stack([run.evaluations[split][0].first for each in runs.values() for run in each])
+    start = np.stack([run.evaluations[split][0].rates for each in runs.values() for run in each])
     target = grid.target if grid.target is not None else round(float(start.mean()) + TARGET_RISE, 2)
     scores = {
         title: np.stack([_final(run.evaluations[split], grid.last) for run in each]) for title, each in runs.items()
@@ -136,11 +136,11 @@ def _panel(
 def _final(evaluations: Sequence[Evaluation], last: int) -> Floats:
     """[T]: success of each task over the last evaluations; the start is not one of them where there are others."""
     after = [each for each in evaluations if each.step > 0] or list(evaluations)
-    return np.mean([each.first for each in after[-last:]], axis=0)
+    return np.mean([each.rates for each in after[-last:]], axis=0)
 
 
 def _scores(runs: Sequence[Run], split: str, final: Floats, target: float, rng: np.random.Generator) -> Report:
-    curves = np.stack([[each.first for each in run.evaluations[split]] for run in runs])  # [S, E, T]
+    curves = np.stack([[each.rates for each in run.evaluations[split]] for run in runs])  # [S, E, T]
     steps = np.array([each.step for each in runs[0].evaluations[split]], np.float64)
     ends = [run.evaluations[split][-1] for run in runs]
     areas = np.trapezoid(curves, steps, axis=1) / (steps[-1] - steps[0]) if len(steps) > 1 else final
@@ -167,7 +167,7 @@ def _scores(runs: Sequence[Run], split: str, final: Floats, target: float, rng: 
         "samples": samples,
         "pass_at_k": by_k(pass_at_k),
         "pass_hat_k": by_k(pass_hat_k),
-        "turns": statistics.crossed_interval(np.stack([each.turns[:, 0] for each in ends]), rng).to_dict(),
+        "turns": statistics.crossed_interval(np.stack([each.turns.mean(1) for each in ends]), rng).to_dict(),
         "to_target": _to_target(runs, split, target),
     }
 
@@ -176,7 +176,7 @@ def _to_target(runs: Sequence[Run], split: str, target: float) -> Report:
     """Environment steps by the first evaluation at the target, for the seeds that came so far."""
     reached = []
     for run in runs:
-        hit = next((each.step for each in run.evaluations[split] if each.first.mean() >= target), None)
+        hit = next((each.step for each in run.evaluations[split] if each.rates.mean() >= target), None)
         if hit is not None:
             reached.append(run.spent_by(hit).env_steps)
     return {"reached": len(reached), "seeds": len(runs), "env_steps": median(reached) if reached else None}

@@ -33,9 +33,9 @@ class Evaluation:
     """[T, samples]: commands, or calls of tools, in an episode."""
 
     @property
-    def first(self) -> Floats:
-        """[T]: success of each task's first episode, which every evaluation has."""
-        return self.won[:, 0]
+    def rates(self) -> Floats:
+        """[T]: share of each task's episodes that won."""
+        return self.won.mean(1)
 
 
 @dataclass(frozen=True)
