@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
-        print("agentropy: interrupted; `agentropy train --resume RUN` continues a run", file=sys.stderr)
+        again = "the same command" if argv[:1] == ["bench"] else "`agentropy train --resume RUN`"
+        print(f"agentropy: interrupted; {again} goes on where this stopped", file=sys.stderr)
         return 130
 
 

@@ -91,8 +91,9 @@ def evaluate(
     samples: int = 1,
     progress: Callable[[Progress], None] | None = None,
 ) -> Evaluation:
-    """Play every task ``samples`` times; success and turns are those of each task's first episode, whatever their
-    number. Seeds depend on ``config.eval.seed``, the task's id and the episode's number only."""
+    """Play every task ``samples`` times; success, score and turns are those of each task's first episode, whatever
+    their number, and entropy is that of all. Seeds depend on ``config.eval.seed``, the task's id and the episode's
+    number only."""
     panel = [RolloutTask(task, samples, seed_from(config.eval.seed, zlib.crc32(task.encode()))) for task in tasks]
     with make_pool(config.env, split, min(config.eval.batch, len(tasks) * samples)) as pool:
         trees = play_tasks(config, policy, pool, format, panel, split, progress)

@@ -54,9 +54,11 @@ def _page(run: RunFolder, rows: Sequence[Row]) -> str:
     evaluations = by_phase["eval"]
     title = f"{config.algorithm.name} on {config.env.id}"
     if evaluations:
-        first, last = _success(evaluations[0]), _success(evaluations[-1])
+        last = _success(evaluations[-1])
+        # Where runs share a start, it is not evaluated anew in each.
+        before = "" if evaluations[0]["step"] else f"{_success(evaluations[0])} → "
         split = html.escape(evaluations[-1]["split"])
-        headline = f"success {first} → {last} on {last.trials} held-out tasks ({split})"
+        headline = f"success {before}{last} on {last.trials} held-out tasks ({split})"
     else:
         headline = "no evaluation yet"
     seconds = sum(
@@ -125,7 +127,7 @@ def _figures(rows: dict[str, list[Row]]) -> list[tuple[str, str]]:
         points = [(row["step"], row[key]) for row in train if row.get(key) is not None]
         if points:
             figures.append((_line_figure(points, unit, "step"), caption))
-    warm = [(row["step"], row["loss"]) for row in rows["sft"]]
+    warm = [(row["step"], row["loss"]) for row in rows["sft"] if row["loss"] is not None]
     if warm:
         figures.append((_line_figure(warm, "nats a token", "update"), "Warm start: loss on the expert's actions."))
     return figures

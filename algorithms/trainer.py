@@ -9,6 +9,7 @@ the step's number, and a run that was killed and resumed repeats what an undistu
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
@@ -63,14 +64,16 @@ against fp32 makes 0.02 to 0.07."""
 
 @dataclass(frozen=True)
 class Summary:
-    """Held-out success before and after reinforcement learning; equal when there were no steps."""
+    """Held-out success before and after reinforcement learning; equal when there were no steps. ``before`` is None
+    where nothing was evaluated before the first step."""
 
-    before: Proportion
+    before: Proportion | None
     after: Proportion
     split: str
 
     def __str__(self) -> str:
-        return f"success {self.before} → {self.after} on {self.after.trials} held-out tasks ({self.split})"
+        told = f"{self.after}" if self.before is None else f"{self.before} → {self.after}"
+        return f"success {told} on {self.after.trials} held-out tasks ({self.split})"
 
 
 class Trainer:
@@ -462,7 +465,7 @@ class Trainer:
         return "rows" if self.recipe.branching is None else "groups"
 
     def _log(self, phase: str, metrics: dict[str, Any], *, step: int | None = None) -> None:
-        self.run.log(phase, self.step if step is None else step, metrics)
+        self.run.log(phase, self.step if step is None else step, _told(metrics))
         self.rows += 1
 
     def _checkpoint(self, warm: WarmStart | None = None) -> None:
@@ -486,21 +489,31 @@ class Trainer:
             trials = row.get("episodes") or row["success/tasks"]
             success = Proportion(round(row["success/rate"] * trials), trials)
             label = f"eval {row['step']}" if row["phase"] == "eval" else str(row["step"])
-            rate = row.get(TIME_PREFIX + "tokens_per_second", float("nan"))
-            self.display.row(label, success, row["turns"], row["entropy/action_mean"], rate, None)
+            known = {name: value for name, value in row.items() if value is not None}
+            entropy, rate = (
+                known.get(name, math.nan) for name in ("entropy/action_mean", TIME_PREFIX + "tokens_per_second")
+            )
+            self.display.row(label, success, row["turns"], entropy, rate, None)
 
     def _summary(self) -> Summary:
         evaluations = [row for row in self.run.rows() if row["phase"] == "eval"]
-        first, last = evaluations[0], evaluations[-1]
-        return Summary(
-            Proportion(first["success/wins"], first["success/tasks"]),
-            Proportion(last["success/wins"], last["success/tasks"]),
-            last["split"],
+        before, *_, after = (
+            Proportion(row["success/wins"], row["success/tasks"]) for row in (evaluations[0], *evaluations)
         )
+        return Summary(before if not evaluations[0]["step"] else None, after, evaluations[-1]["split"])
 
 
 def _count(display: Display, label: str, count: Progress) -> None:
     display.status(label, f"{count.episodes}/{count.total} episodes, {count.won} won")
+
+
+def _told(value: Any) -> Any:
+    """``value`` as JSON knows it: what is not finite, as after an update that was skipped, is told as None."""
+    if isinstance(value, dict):
+        return {name: _told(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_told(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _split_times(metrics: dict[str, Any]) -> dict[str, Any]:

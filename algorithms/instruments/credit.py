@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -75,10 +76,11 @@ def load_credit(path: str | Path) -> Credit:
             credit = Credit(**{item.name: data[item.name] for item in fields(Credit)})
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"'{path}' holds no credit of tokens: {error}") from error
-    rows = len(credit.tree)
-    fits = len(credit.trajectory) == len(credit.leaf) == rows and len(credit.start) == rows + 1
+    rows = credit.tree.size
+    fits = all(array.ndim == 1 for array in vars(credit).values())
+    fits = fits and len(credit.trajectory) == len(credit.leaf) == rows and len(credit.start) == rows + 1
     if not (fits and len(credit.advantage) == len(credit.weight) == credit.start[-1]):
         raise UsageError(f"'{path}' is damaged: its arrays do not fit each other")
     return credit

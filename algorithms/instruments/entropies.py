@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,12 @@ class TokenTable:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    def select(self, keep: NDArray[np.bool_]) -> TokenTable:
+        """The tokens where ``keep`` ``[N]`` is set."""
+        if keep.all():
+            return self
+        return TokenTable(**{item.name: getattr(self, item.name)[keep] for item in fields(self)})
 
 
 def token_table(trees: Sequence[Tree]) -> TokenTable:
@@ -102,11 +108,14 @@ def entropy_metrics(
     - ``entropy/consistency``: mean of -log p - H, 0 in expectation exactly when tokens are drawn from the distribution
       whose entropy is told; ``entropy/consistency_z``: its distance from 0 in standard errors. Not for estimates.
 
+    Tokens whose entropy the engine did not tell (NaN) do not count.
+
     Args:
         table: of all trees of the step.
-        first: metrics of the run's first step; None in that step.
+        first: metrics of the first step of the run that had any of these; None in that step.
         exact: whether the entropies are those of the whole distribution.
     """
+    table = table.select(np.isfinite(table.entropy))
     entropy = table.entropy
     if not len(table):
         return {}

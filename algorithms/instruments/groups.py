@@ -17,19 +17,25 @@ from collections.abc import Hashable, Iterable, Sequence
 
 from ...agents.tree import Node, Trajectory, Tree
 
-_THOUGHT = re.compile(r".*</think>|<think>.*", re.DOTALL)
 _ACTION = re.compile(r"<action>(.*?)(?:</action>|\Z)", re.DOTALL)
+_TOOL = re.compile(r"<([A-Za-z_][\w.-]*)>.*?(?:</\1>|\Z)", re.DOTALL)
 
 
 def canonical(text: str) -> str:
-    """What an action does, in one spelling: without thoughts and tags of the action, with single blanks, in lower case.
+    """What an action does, in one spelling: without thoughts, tags of the action and words around a tool's, with single
+    blanks, in lower case.
 
     >>> canonical("<think>the key?</think> <action>Take  key</action>")
     'take key'
+    >>> canonical("Who wrote it? <search>The Orchard</search>")
+    '<search>the orchard</search>'
     """
-    text = _THOUGHT.sub(" ", text)
-    found = _ACTION.findall(text)
-    return " ".join((found[-1] if found else text).split()).lower()
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    if found := _ACTION.findall(text):
+        text = found[-1]
+    elif tools := [tool.group() for tool in _TOOL.finditer(text)]:
+        text = " ".join(tools)
+    return " ".join(text.split()).lower()
 
 
 def actions_of(tree: Tree, trajectory: Trajectory) -> list[Node]:

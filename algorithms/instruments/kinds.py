@@ -33,7 +33,7 @@ class Kind(IntEnum):
 _THINK = re.compile(r"<think>|</think>")
 _BLOCK = re.compile(r"<([A-Za-z_][\w.-]*)>(.*?)(</\1>|\Z)", re.DOTALL)
 _ARGUMENTS = re.compile(r'"(?:arguments|parameters)"\s*:\s*')
-_CALL = re.compile(r"[A-Za-z_][\w.]*\(")
+_LETTER = re.compile(r"[A-Za-z_]")
 
 
 class _Decoder(Protocol):
@@ -80,11 +80,12 @@ def kind_metrics(trees: Sequence[Tree], kinds_of: TokenKinds) -> dict[str, float
         return {}
     kind = np.concatenate([kinds_of(node.tokens) for node in nodes])
     entropy = np.concatenate([node.entropies for node in nodes]).astype(np.float64)
+    known = np.isfinite(entropy)
     metrics: dict[str, float] = {}
     for each in Kind:
         where, name = kind == each, each.name.lower()
-        if where.any():
-            metrics[f"entropy/in_{name}"] = float(entropy[where].mean())
+        if (where & known).any():
+            metrics[f"entropy/in_{name}"] = float(entropy[where & known].mean())
         metrics[f"tokens/share_{name}"] = float(where.mean())
     return metrics
 
@@ -133,15 +134,31 @@ def _paint_rest(text: str, start: int, end: int, painted: NDArray[np.uint8]) -> 
 def _paint_command(text: str, start: int, end: int, painted: NDArray[np.uint8]) -> None:
     painted[start:end] = Kind.ACTION
     place = start
+    named = _ARGUMENTS.search(text, place, end)
     while place < end:
-        found = _ARGUMENTS.search(text, place, end) or _CALL.search(text, place, end)
-        if found is None:
+        if named is not None:
+            opening, inner = named.end(), 0
+        elif (opening := _call(text, place, end)) >= 0:
+            inner = 1
+        else:
             return
-        opening = found.end() - (found.group()[-1] == "(")
         closing = _closing(text, opening, end)
-        inner = found.group()[-1] == "("
         painted[opening + inner : closing - inner] = Kind.ARGUMENT
-        place = max(closing, found.end())
+        place = max(closing, opening + inner)
+        # Where there is none ahead there is none later: it is not looked for again.
+        named = named and _ARGUMENTS.search(text, place, end)
+
+
+def _call(text: str, start: int, end: int) -> int:
+    """The first parenthesis behind a name, -1 without one. Every word is read once, however long it is."""
+    while (opening := text.find("(", start, end)) >= 0:
+        first = opening
+        while first > start and (text[first - 1].isalnum() or text[first - 1] in "_."):
+            first -= 1
+        if _LETTER.search(text, first, opening):
+            return opening
+        start = opening + 1
+    return -1
 
 
 def _closing(text: str, opening: int, end: int) -> int:

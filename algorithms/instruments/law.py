@@ -94,11 +94,12 @@ def law_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The figures of ``LawFit`` as ``law/a``, ``law/ceiling`` and so on, of the training rows so far.
 
     H is ``entropy/action_mean`` and R ``success/rate``: both are of the same rollouts, by the same weights. The metrics
-    are a function of the rows, so a resumed run repeats them. Nothing before ``FEWEST_POINTS`` rows, or where the rows
-    determine no line.
+    are a function of the rows, so a resumed run repeats them. Nothing before ``FEWEST_POINTS`` rows, where the rows
+    determine no line, or where success was always the same: nothing has been bought then.
     """
     pairs = [(row["entropy/action_mean"], row["success/rate"]) for row in rows if "success/rate" in row]
-    fit = fit_law(*zip(*pairs, strict=True)) if len(pairs) >= FEWEST_POINTS else None
+    varies = len({rate for _, rate in pairs}) > 1
+    fit = fit_law(*zip(*pairs, strict=True)) if len(pairs) >= FEWEST_POINTS and varies else None
     if fit is None:
         return {}
     names = ("a", "b", "ceiling", "ceiling_error", "r2", "heldout_error")

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
+from ..forward import predictors
 
 if TYPE_CHECKING:
     from ..batch import Minibatch
@@ -42,7 +43,9 @@ if TYPE_CHECKING:
 FEWEST_STEPS = 8
 """Steps before ``oracle/correlation`` is told."""
 _TOKENS = 4096
-"""Padded tokens of one pass for logits, which are all kept."""
+"""Padded tokens of one pass for logits."""
+_NUMBERS = 1 << 24
+"""Logits in float64 that are looked at together; those of a pass are in the model's type, at trained tokens alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +86,8 @@ def observed_update(
     - ``oracle/tabular``: mean of -w A (S - N) over tokens, w the weight of the token in the policy loss relative to a
       plain mean; per unit of step size, so its sign and its ups and downs are comparable, its size is not.
 
-    It costs a forward and backward pass and two forward passes, about one and a half updates of one epoch, and a copy
-    of the weights and one gradient in memory.
+    It costs a forward and backward pass and two forward passes, about one and a half updates of one epoch; in memory a
+    copy of the weights, one gradient, and the logits of some thousand tokens.
     """
     batch = batch.to(learner.device)
     count = int(batch.mask.sum())
@@ -151,15 +154,15 @@ def first_order(
 
 def correlation_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """``oracle/correlation`` and ``oracle/tabular_correlation``: Pearson's, of predicted and measured changes over the
-    steps so far. Nothing before ``FEWEST_STEPS`` of them, or where one never varies."""
+    steps so far; steps where one is not finite do not count. Nothing before ``FEWEST_STEPS`` of them, or where one
+    never varies."""
     known = [row for row in rows if "oracle/measured" in row]
-    if len(known) < FEWEST_STEPS:
-        return {}
     found = {}
     for name, label in (("predicted", "correlation"), ("tabular", "tabular_correlation")):
         pairs = [(row[f"oracle/{name}"], row["oracle/measured"]) for row in known if f"oracle/{name}" in row]
-        foretold, measured = np.asarray(pairs, np.float64).reshape(-1, 2).T
-        if len(pairs) >= FEWEST_STEPS and foretold.std() > 0 and measured.std() > 0:
+        both = np.asarray(pairs, np.float64).reshape(-1, 2)
+        foretold, measured = both[np.isfinite(both).all(1)].T
+        if len(measured) >= FEWEST_STEPS and foretold.std() > 0 and measured.std() > 0:
             found[f"oracle/{label}"] = float(np.corrcoef(foretold, measured)[0, 1])
     return found
 
@@ -173,10 +176,29 @@ def _signals(learner: Learner, batch: Minibatch, temperature: float) -> LogitSig
     for rows in batch.microbatches(_TOKENS):
         width = int(extent[rows].max())
         tokens, mask = batch.tokens[rows, :width], batch.mask[rows, :width]
-        logits = learner.model(input_ids=tokens[:, :-1], use_cache=False).logits[mask[:, 1:]]
-        found = logit_signals(logits, tokens[mask], temperature)
-        for table, values in zip(signals, vars(found).values(), strict=True):
+        logits, target = _logits(learner.model, tokens, mask), tokens[mask]
+        size = max(1, _NUMBERS // logits.shape[1])
+        found = [
+            vars(logit_signals(logits[start : start + size], target[start : start + size], temperature)).values()
+            for start in range(0, len(target), size)
+        ]
+        for table, values in zip(signals, zip(*found, strict=True), strict=True):
             part = table.new_zeros(mask.shape)
-            part[mask] = values
+            part[mask] = torch.cat(values)
             table[rows, :width] = part
     return LogitSignals(*(table[batch.mask] for table in signals))
+
+
+def _logits(model: torch.nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """``[N, V]`` that the tokens in ``mask`` were drawn from: the head sees their contexts alone, since the logits of
+    all would need far more memory."""
+    wanted = predictors(mask)
+
+    def gather(_module: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, wanted)[None], *inputs[1:])
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(gather)  # type: ignore[operator]
+    try:
+        return model(input_ids=tokens[:, :-1], use_cache=False).logits[0]
+    finally:
+        hook.remove()

@@ -58,7 +58,9 @@ class Recorder:
         shown when they are raised."""
         earlier = self._history()
         exact = not row.get("entropy/top_k")
-        metrics: dict[str, Any] = entropy_metrics(token_table(trees), next(iter(earlier), None), exact=exact)
+        # Steps without a token have no threshold, nor have those of versions that knew none.
+        first = next((known for known in earlier if "entropy/fork_threshold" in known), None)
+        metrics: dict[str, Any] = entropy_metrics(token_table(trees), first, exact=exact)
         metrics |= group_metrics(trees)
         if self._kinds is not None:
             metrics |= kind_metrics(trees, self._kinds)

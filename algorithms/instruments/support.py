@@ -81,12 +81,12 @@ def distinct_at_k(counts: Sequence[int] | NDArray[np.integer[Any]], k: int) -> f
 
 
 def detectability(samples: int, doubt: float = 0.05) -> float:
-    """Smallest probability of success that ``samples`` samples show with probability 1 - ``doubt``.
+    """A probability of success from which on ``samples`` samples have a win with probability 1 - ``doubt`` or more.
 
-    It is -ln(doubt) / samples (2507.14843: 3.66e-4 for 8192 samples and 0.05). A task that was never won may still be
-    solved less often than this.
+    It is -ln(doubt) / samples (2507.14843: 3.66e-4 for 8192 samples and 0.05), at most 1; with few samples a somewhat
+    smaller one would do, 1 - doubt^(1 / samples). A task that was never won may still be solved less often than this.
     """
-    return -math.log(doubt) / samples
+    return min(1.0, -math.log(doubt) / samples)
 
 
 @dataclass(frozen=True)

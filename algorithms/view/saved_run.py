@@ -34,9 +34,9 @@ _QUIET_SECONDS = 300.0
 """A run that writes nothing for so long, and for ``_QUIET_STEPS`` times what its last step took, is not under way."""
 _QUIET_STEPS = 5
 _TICK_SECONDS = 1.0
-_ANSWERS = 64
-"""Answers that are kept."""
-_SECRET = re.compile(r"(^|[_-])(key|token|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)
+_KEPT_BYTES = 32 << 20
+"""Of answers that are kept, and of the one that was given last, however large."""
+_SECRET = re.compile(r"(^|[_-])((api)?key|token|secret|password|passwd|credentials?|authorization)$", re.IGNORECASE)
 _LOGIN = re.compile(r"//[^/@\s]+@")
 _HIDDEN = "(hidden)"
 
@@ -164,7 +164,7 @@ class SavedRun:
         self._metrics.refresh()
         train = [row for row in self._metrics.rows if row["phase"] == "train"]
         pairs = [(row.get("entropy/action_mean"), row.get("success/rate")) for row in train]
-        points = [pair for pair in pairs if None not in pair]
+        points = [pair for pair in pairs if all(isinstance(v, int | float) and math.isfinite(v) for v in pair)]
         fit = fit_law(*zip(*points, strict=True)) if points else None
         return encode(None if fit is None else asdict(fit) | {"points": points})
 
@@ -191,8 +191,9 @@ class SavedRun:
     def _keep(self, key: str, stamp: object, body: bytes) -> bytes:
         self._answers[key] = (stamp, body)
         self._answers.move_to_end(key)
-        while len(self._answers) > _ANSWERS:
-            self._answers.popitem(last=False)
+        size = sum(len(kept) for _, kept in self._answers.values())
+        while size > _KEPT_BYTES and len(self._answers) > 1:
+            size -= len(self._answers.popitem(last=False)[1][1])
         return body
 
     def _index_steps(self, *, rebuild: bool) -> dict[int, StepIndex | None] | None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.integrate import trapezoid
 
 from ...algorithms.instruments.alarms import alarms
 from ...algorithms.instruments.law import fit_law
@@ -61,6 +62,7 @@ def analyse(grid: Grid, folder: Path, machine: Mapping[str, Any], *, seed: int =
         "machine": dict(machine),
         "grid": to_toml(grid),
         "baseline": grid.baseline,
+        "warm_start": grid.warm_start.per,
         "last": grid.last,
         "seeds": grid.seeds,
         "planned": len(planned),
@@ -76,7 +78,8 @@ def _environment(
 ) -> Report:
     splits = list(entry.panels.values())
     before = {cell.seed: cell.folder for cell in starts(grid, folder) if cell.environment.title == entry.title}
-    runs: dict[str, list[Run]] = {}
+    # In the order of the grid, whatever is finished.
+    runs: dict[str, list[Run]] = {recipe.title: [] for recipe in grid.recipe}
     for cell in finished:
         assert cell.recipe is not None
         run = read_run(cell.folder, cell.seed, splits)
@@ -85,7 +88,8 @@ def _environment(
             first = {split: read_evaluations(start, split) for split in splits}
             whole = {split: (*first[split], *run.evaluations[split]) for split in splits}
             run = Run(run.folder, run.seed, whole, run.train, run.costs)
-        runs.setdefault(cell.recipe.title, []).append(run)
+        runs[cell.recipe.title].append(run)
+    runs = {title: each for title, each in runs.items() if each}
     panels = [_panel(grid, entry, kind, split, runs, rng) for kind, split in entry.panels.items()]
     recipes = {recipe.title: recipe for recipe in grid.recipe}
     return {
@@ -105,17 +109,18 @@ def _panel(
     rng: np.random.Generator,
 ) -> Report:
     """One panel: every recipe's scores on it, and each against the baseline."""
-    some = next(iter(runs.values()))[0].evaluations[split]
+    one = next(iter(runs.values()))[0]
+    some = one.evaluations[split]
     tasks, steps = some[0].tasks, [each.step for each in some]
     for run in (run for each in runs.values() for run in each):
         found = run.evaluations[split]
         if [each.step for each in found] != steps or any(each.tasks != tasks for each in found):
             raise UsageError(
-                f"'{run.folder}' was evaluated on other tasks or after other steps than '{some[0]}'; "
-                "the runs of a comparison must share both"
+                f"'{run.folder}' was evaluated on other tasks of {split} or after other steps than '{one.folder}' and "
+                "its start; the runs of a comparison must share both"
             )
     start = np.stack([run.evaluations[split][0].rates for each in runs.values() for run in each])
-    target = grid.target if grid.target is not None else round(float(start.mean()) + TARGET_RISE, 2)
+    target = grid.target if grid.target is not None else min(1.0, round(float(start.mean()) + TARGET_RISE, 2))
     scores = {
         title: np.stack([_final(run.evaluations[split], grid.last) for run in each]) for title, each in runs.items()
     }
@@ -143,7 +148,7 @@ def _scores(runs: Sequence[Run], split: str, final: Floats, target: float, rng: 
     curves = np.stack([[each.rates for each in run.evaluations[split]] for run in runs])  # [S, E, T]
     steps = np.array([each.step for each in runs[0].evaluations[split]], np.float64)
     ends = [run.evaluations[split][-1] for run in runs]
-    areas = np.trapezoid(curves, steps, axis=1) / (steps[-1] - steps[0]) if len(steps) > 1 else final
+    areas = trapezoid(curves, steps, axis=1) / (steps[-1] - steps[0]) if len(steps) > 1 else final
     samples = min(each.won.shape[1] for each in ends)
     counts = np.stack([each.won[:, :samples].sum(1) for each in ends]).astype(np.int64)  # [S, T]
 
@@ -173,13 +178,15 @@ def _scores(runs: Sequence[Run], split: str, final: Floats, target: float, rng: 
 
 
 def _to_target(runs: Sequence[Run], split: str, target: float) -> Report:
-    """Environment steps by the first evaluation at the target, for the seeds that came so far."""
-    reached = []
+    """Environment steps by the first evaluation at the target: the median over all seeds, where one that never came so
+    far has taken more than any. Of those alone that did, a recipe that seldom does would look cheap."""
+    spent = []
     for run in runs:
         hit = next((each.step for each in run.evaluations[split] if each.rates.mean() >= target), None)
-        if hit is not None:
-            reached.append(run.spent_by(hit).env_steps)
-    return {"reached": len(reached), "seeds": len(runs), "env_steps": median(reached) if reached else None}
+        spent.append(math.inf if hit is None else run.spent_by(hit).env_steps)
+    middle = median(spent)
+    reached = sum(map(math.isfinite, spent))
+    return {"reached": reached, "seeds": len(runs), "env_steps": middle if math.isfinite(middle) else None}
 
 
 def _comparisons(
@@ -231,7 +238,9 @@ def _adjust(environments: Sequence[Report]) -> None:
 def _training(recipe: RecipeEntry, folder: Path, runs: Sequence[Run]) -> Report:
     """What a recipe's runs did while they trained."""
     steps = [row["step"] for row in runs[0].train]
-    entropies = np.array([[row["entropy/action_mean"] for row in run.train] for run in runs])
+    # None where it was not finite.
+    entropies = np.array([[row["entropy/action_mean"] for row in run.train] for run in runs], np.float64)
+    known = [number for number in range(len(steps)) if np.isfinite(entropies[:, number]).all()]
     spent = [run.costs[-1] for run in runs if run.costs]
     return {
         "recipe": recipe.title,
@@ -241,13 +250,10 @@ def _training(recipe: RecipeEntry, folder: Path, runs: Sequence[Run]) -> Report:
         "seeds": [run.seed for run in runs],
         "runs": [run.folder.relative_to(folder).as_posix() for run in runs],
         "costs": {name: float(np.mean([getattr(cost, name) for cost in spent])) for name in COSTS},
-        "entropy": [
-            {"step": step, "value": float(column.mean()), "low": float(column.min()), "high": float(column.max())}
-            for step, column in zip(steps, entropies.T, strict=True)
-        ],
+        "entropy": [{"step": steps[number], **_spread(entropies[:, number])} for number in known],
         "success": [
-            {"step": step, "value": float(np.mean([run.train[number]["success/rate"] for run in runs]))}
-            for number, step in enumerate(steps)
+            {"step": steps[number], "value": float(np.mean([run.train[number]["success/rate"] for run in runs]))}
+            for number in known
         ],
         "law": _law(runs),
         "alarms": [
@@ -256,6 +262,10 @@ def _training(recipe: RecipeEntry, folder: Path, runs: Sequence[Run]) -> Report:
             for alarm in alarms(run.train)
         ],
     }
+
+
+def _spread(values: Floats) -> Report:
+    return {"value": float(values.mean()), "low": float(values.min()), "high": float(values.max())}
 
 
 def _law(runs: Sequence[Run]) -> Report | None:

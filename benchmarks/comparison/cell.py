@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -43,13 +44,13 @@ class Outcome:
     """Exit status of the process; 0 when the run is whole."""
     seconds: float
     message: str = ""
-    """The last line that it wrote, where it failed."""
+    """Why, where it failed: the last line that it wrote, and the signal that ended it, if one did."""
 
 
 def write_work(cell: Cell, folder: Path) -> Work:
     """Write the configuration of a cell of the grid in ``folder``."""
-    name = cell.folder.relative_to(folder).as_posix().replace("/", "-")
-    config, log = folder / "configs" / f"{name}.toml", folder / "logs" / f"{name}.log"
+    name = cell.folder.relative_to(folder)
+    config, log = (folder / kind / f"{name}{suffix}" for kind, suffix in (("configs", ".toml"), ("logs", ".log")))
     for path in (config, log):
         path.parent.mkdir(parents=True, exist_ok=True)
     config.write_text(to_toml(cell.config), encoding="utf-8")
@@ -60,6 +61,8 @@ class CellProcess:
     """``agentropy train`` in a process that is running from now on."""
 
     def __init__(self, work: Work) -> None:
+        # Read once, when torch is imported: in the process that all others are forked from.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         server = multiprocessing.get_context("forkserver")
         server.set_forkserver_preload(list(_IMPORTED))
         self.work = work
@@ -78,7 +81,10 @@ class CellProcess:
         status = self._process.exitcode
         assert status is not None
         seconds = time.monotonic() - self._started
-        return Outcome(status, seconds, _last_line(Path(self.work.log)) if status else "")
+        message = _last_line(Path(self.work.log)) if status else ""
+        if status < 0:  # such as by the kernel, where memory ran out; the log's end tells nothing of it
+            message = f"ended by {signal.Signals(-status).name}; the last it said: {message}"
+        return Outcome(status, seconds, message)
 
     def stop(self) -> None:
         """End it now; it can be continued from its newest checkpoint."""
@@ -101,7 +107,7 @@ def _train(work: Work) -> None:
     log = os.open(work.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ |= {"OMP_WAIT_POLICY": "passive", "COLUMNS": "160"}
+    os.environ["COLUMNS"] = "160"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from ...cli import main
 

@@ -7,19 +7,25 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from ...errors import UsageError
-from .grid import Cell, Grid, cells, load_grid, starts, to_toml
+from .grid import Cell, Grid, cells, load_grid, starts
+
+if TYPE_CHECKING:
+    from .cell import Outcome
+    from .running import Backend
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run what is missing, then report. Returns 1 when a run failed; the report is then of the others.
+    """Run what is missing, then report. Returns 1 when a run failed; the report is then of the others, if any.
 
     Raises:
-        UsageError: the grid, or the configuration of one of its runs, is wrong; nothing has been started by then.
+        UsageError: the grid, or the configuration of one of its runs, is wrong, or the folder is not for it; nothing
+            has been started by then.
     """
     grid = load_grid(arguments.config, arguments.overrides)
     if arguments.jobs is not None:
@@ -34,26 +40,36 @@ def main(arguments: argparse.Namespace) -> int:
         check_recipes(runs)
         _list(console, grid, before, runs)
         return 0
-    _claim(grid, folder, report_only=arguments.report)
-    failed = {}
+    from .claim import alone, claim, starts_are_whole
+    from .report import remember_machine, write_report
+
     if not arguments.report:
         check_recipes(runs)
-        from .report import remember_machine
-        from .running import run_all
-
-        remember_machine(folder)
-        _list(console, grid, before, runs)
-        failed = run_all(before, folder, grid.resources, arguments.backend, console)
-        if not failed:
-            failed = run_all(runs, folder, grid.resources, arguments.backend, console)
-    from .report import write_report
-
-    paths = write_report(grid, folder, Path(arguments.results) if arguments.results else None, console)
-    for path in paths:
-        console.print(f"report {path}", highlight=False, soft_wrap=True)
+    claim(grid, folder, [*before, *runs], report_only=arguments.report)
+    failed: dict[str, Outcome] = {}
+    if not arguments.report:
+        with alone(folder):
+            starts_are_whole(before, runs)
+            remember_machine(folder)
+            _list(console, grid, before, runs)
+            failed = _run(grid, folder, before, runs, arguments.backend, console)
+    if not failed or any(cell.done for cell in runs):
+        for path in write_report(grid, folder, Path(arguments.results) if arguments.results else None, console):
+            console.print(f"report {path}", highlight=False, soft_wrap=True)
     for title, outcome in failed.items():
-        console.print(f"[red]failed[/red] {title}: {outcome.message}", highlight=False)
+        console.print(f"failed {title}: {outcome.message}", highlight=False, markup=False, soft_wrap=True)
     return 1 if failed else 0
+
+
+def _run(
+    grid: Grid, folder: Path, before: list[Cell], runs: list[Cell], backend: Backend, console: Console
+) -> dict[str, Outcome]:
+    """Run the starts, and then what begins from those that are whole; the outcomes of what failed, by title."""
+    from .running import run_all
+
+    failed = run_all(before, folder, grid.resources, backend, console)
+    ready = [cell for cell in runs if cell.start is None or cell.start.done]
+    return failed | run_all(ready, folder, grid.resources, backend, console)
 
 
 def check_recipes(runs: list[Cell]) -> None:
@@ -71,33 +87,6 @@ def check_recipes(runs: list[Cell]) -> None:
             recipe(algorithm.name, preset=algorithm.preset, **options)
         except UsageError as error:
             raise UsageError(f"{cell.title}: {error}") from error
-
-
-def _claim(grid: Grid, folder: Path, *, report_only: bool) -> None:
-    """Remember what the folder is of; a folder of another grid is refused, so that unlike runs are never compared.
-
-    Seeds, recipes and environments may be added later, and what only concerns the report may change.
-    """
-    path = folder / "grid.toml"
-    if path.is_file():
-        held = load_grid(path)
-        for name in ("run", "options", "warm_start"):
-            if getattr(held, name) != getattr(grid, name):
-                raise UsageError(
-                    f"'{folder}' holds runs of another comparison: its [{name}] differs; choose another --out"
-                )
-        for kind in ("recipe", "environment"):
-            known = {entry.title: entry for entry in getattr(held, kind)}
-            for entry in getattr(grid, kind):
-                if known.get(entry.title, entry) != entry:
-                    raise UsageError(
-                        f"'{folder}' holds runs of another {kind} '{entry.title}'; give it another label, or choose "
-                        "another --out"
-                    )
-    elif report_only:
-        raise UsageError(f"'{folder}' holds no comparison yet; run it without --report")
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(to_toml(grid), encoding="utf-8")
 
 
 def _list(console: Console, grid: Grid, before: list[Cell], runs: list[Cell]) -> None:

@@ -2,6 +2,7 @@
 
 - ``Grid``: the schema of the file. ``load_grid``: read and check it. ``to_toml``: the resolved grid as text.
 - ``Cell``: one run of the grid, with its folder and configuration; ``cells``, ``starts``: all of them.
+- ``difference``: where two configurations differ. ``DECIDED``: options that the grid decides.
 
 Nothing here imports torch, so that a wrong file is reported before anything is spent.
 """
@@ -21,6 +22,16 @@ from pydantic import Field, model_validator
 
 from ...config import PretrainedModelConfig, RunConfig, Section, merged, read_toml, validated
 from ...errors import UsageError, nearest
+
+DECIDED = {
+    "seed": "seeds",
+    "run_dir": "--out",
+    "algorithm": "[[recipe]] or [options]",
+    "env.id": "[[environment]]",
+    "env.eval_split": "[[environment]]",
+    "eval.also": "[[environment]]",
+}
+"""Options of a run that are not for its tables, and where they belong."""
 
 
 class RecipeEntry(Section):
@@ -62,6 +73,8 @@ class EnvironmentEntry(Section):
     def _some_panel(self) -> Self:
         if not self.panels:
             raise ValueError(f"'{self.title}' names no split to evaluate on; expected out_of_distribution or the other")
+        if self.in_distribution == self.out_of_distribution:
+            raise ValueError(f"'{self.title}' names '{self.in_distribution}' twice; expected two splits, or one")
         return self
 
     @property
@@ -125,6 +138,8 @@ class Cell:
     seed: int
     folder: Path
     config: RunConfig
+    start: Cell | None = None
+    """What it begins from; None for a start, and where there is none."""
 
     @property
     def title(self) -> str:
@@ -148,8 +163,8 @@ def load_grid(path: str | Path, overrides: Iterable[str] = ()) -> Grid:
     ``overrides`` are ``key=value`` of the file's own keys, with values in TOML.
 
     Raises:
-        UsageError: an unreadable file, an unknown key (with the nearest valid one), entries that share a title, or a
-            baseline that is none of the recipes.
+        UsageError: an unreadable file, an unknown key (with the nearest valid one), entries that share a title or a
+            folder, a baseline that is none of the recipes, or an option of a run that the grid itself decides.
     """
     shipped = Path(__file__).parents[1] / f"{path}.toml"
     grid = validated(Grid, read_toml(shipped if shipped.is_file() else path, overrides))
@@ -158,6 +173,9 @@ def load_grid(path: str | Path, overrides: Iterable[str] = ()) -> Grid:
         for name, count in Counter(names).items():
             if count > 1:
                 raise UsageError(f"{count} entries of [[{kind}]] are called '{name}'; give each a label of its own")
+        for name in names:
+            if not _slug(name).strip("."):
+                raise UsageError(f"[[{kind}]]: no folder can be called after '{name}'; give it a label with a-z or 0-9")
         for first, second in pairwise(sorted(names, key=_slug)):
             if _slug(first) == _slug(second):
                 raise UsageError(f"[[{kind}]]: '{first}' and '{second}' would share a folder; change a label")
@@ -165,6 +183,13 @@ def load_grid(path: str | Path, overrides: Iterable[str] = ()) -> Grid:
         raise UsageError(f"baseline: there is no recipe called '{grid.baseline}'{nearest(grid.baseline, titles)}")
     if len(set(grid.seeds)) < len(grid.seeds):
         raise UsageError(f"seeds: {grid.seeds} names a seed twice")
+    tables = {"run": grid.run, "warm_start.run": grid.warm_start.run}
+    tables |= {f"run of '{entry.title}'": entry.run for entry in grid.environment}
+    tables |= {f"run of '{entry.title}'": entry.run for entry in grid.recipe}
+    for where, table in tables.items():
+        for key, instead in DECIDED.items():
+            if any(f"{name}.".startswith(f"{key}.") for name in _flat(table)):
+                raise UsageError(f"{where}: '{key}' is for the grid to decide; expected it in {instead}")
     return grid
 
 
@@ -189,14 +214,38 @@ def cells(grid: Grid, folder: Path) -> list[Cell]:
     """Every run of the grid: all recipes of a seed before the next seed, so that a grid cut short is still balanced.
 
     Raises:
-        UsageError: an option of a cell is wrong; the message names the cell.
+        UsageError: an option of a cell is wrong, or it would be evaluated otherwise than the others of its environment;
+            the message names the cell.
     """
-    return [
+    found = [
         _cell(grid, folder, environment, recipe, seed)
         for seed in grid.seeds
         for environment in grid.environment
         for recipe in grid.recipe
     ]
+    first: dict[str, Cell] = {}
+    for cell in found:
+        other = first.setdefault(cell.environment.title, cell)
+        unlike = difference(_judged(cell.config), _judged(other.config))
+        if unlike is not None:
+            key, ours, theirs = unlike
+            raise UsageError(
+                f"{cell.title}: {key} is {ours}, and {theirs} for {other.title}; "
+                "expected runs of an environment to be evaluated alike"
+            )
+        if not cell.config.train.steps:
+            raise UsageError(f"{cell.title}: train.steps is 0, so there is nothing to compare; expected 1 or more")
+    return found
+
+
+def difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, Any, Any] | None:
+    """The first option, as ``section.key``, in which two dumped configurations differ, with both values; None where
+    there is none."""
+    left, right = _flat(ours), _flat(theirs)
+    for key in sorted(left.keys() | right.keys()):
+        if left.get(key) != right.get(key):
+            return key, left.get(key), right.get(key)
+    return None
 
 
 def _start(grid: Grid, folder: Path, environment: EnvironmentEntry, seed: int) -> Cell:
@@ -212,6 +261,7 @@ def _cell(grid: Grid, folder: Path, environment: EnvironmentEntry, recipe: Recip
     if recipe.preset is not None:
         algorithm["preset"] = recipe.preset
     forced: dict[str, Any] = {"algorithm": algorithm}
+    start = None
     if grid.warm_start.per != "none":
         start = _start(grid, folder, environment, seed if grid.warm_start.per == "seed" else grid.warm_start.seed)
         pretrained = isinstance(start.config.model, PretrainedModelConfig)
@@ -219,7 +269,8 @@ def _cell(grid: Grid, folder: Path, environment: EnvironmentEntry, recipe: Recip
         # The start was evaluated once, for all.
         forced |= {"model": model, "sft": {"tasks": 0}, "eval": {"before": False}}
     title = f"{recipe.title}, {environment.title}, seed {seed}"
-    return Cell(environment, recipe, seed, where, _config(grid, environment, title, seed, where, recipe.run, forced))
+    config = _config(grid, environment, title, seed, where, recipe.run, forced)
+    return Cell(environment, recipe, seed, where, config, start)
 
 
 def _config(
@@ -246,6 +297,26 @@ def _config(
         return validated(RunConfig, data)
     except UsageError as error:
         raise UsageError(f"{title}: {error}") from error
+
+
+def _judged(config: RunConfig) -> dict[str, Any]:
+    """What decides how often, on what and how a run is evaluated."""
+    return {
+        "train": {"steps": config.train.steps},
+        "env": config.env.model_dump(include={"id", "kwargs", "wrappers", "eval_split"}),
+        "eval": config.eval.model_dump(),
+    }
+
+
+def _flat(table: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Every value of ``table``, by ``section.key``."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{above}{key}.")
+        else:
+            found[above + key] = value
+    return found
 
 
 def _slug(title: str) -> str:

@@ -27,7 +27,7 @@ def write_report(grid: Grid, folder: Path, results: Path | None, console: Consol
     """
     report = analyse(grid, folder, machine_of(folder))
     text = markdown(report)
-    forms = {"json": json.dumps(report, indent=1) + "\n", "md": text, "html": page(report)}
+    forms = {"json": json.dumps(report, indent=1, allow_nan=False) + "\n", "md": text, "html": page(report)}
     targets = [folder / "report"] + ([results / f"algorithms-{grid.name}"] if results else [])
     written = []
     for target in targets:

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,7 +101,10 @@ def read_evaluations(folder: Path, split: str) -> tuple[Evaluation, ...]:
         UsageError: there is none, or one cannot be read.
     """
     found = []
-    for path in sorted((folder / "evaluations").glob(f"step-*-{split.replace('/', '_')}.json")):
+    # Other splits may end alike, such as test and hard-test.
+    named = re.compile(rf"step-\d+-{re.escape(split.replace('/', '_'))}\.json")
+    paths = (path for path in (folder / "evaluations").glob("step-*.json") if named.fullmatch(path.name))
+    for path in sorted(paths):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             won, turns = np.array(data["won"], np.float64), np.array(data["turns"], np.float64)

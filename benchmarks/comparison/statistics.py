@@ -27,6 +27,8 @@ RESAMPLES = 4999
 ALPHA = 0.05
 """Share of comparisons of equals that may come out as different."""
 POWER = 0.8
+ROUNDING = 1e-12
+"""Rates that differ by less are the same rate."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Comparison:
     difference: Interval
     """Mean over seeds and tasks, with the interval of the crossed bootstrap."""
     p: float
-    """Of the paired t-test over seeds; 1 with fewer than two seeds, which nothing can be told from."""
+    """Of the paired t-test over seeds; 1 with fewer than two seeds, which nothing can be told from. Where all seeds
+    differ by the same, the t-test has no deviation to go by: then it is the chance that all differences of equals have
+    one sign."""
     improvement: Interval
     """See ``improvement``."""
     deviation: float
@@ -94,9 +98,12 @@ def compare(scores: ArrayLike, baseline: ArrayLike, rng: np.random.Generator) ->
     by_seed = (ours - theirs).mean(1)
     p, deviation = 1.0, math.nan
     if seeds > 1:
-        deviation = float(by_seed.std(ddof=1))
-        # Without any spread the t statistic is 0/0 for equals.
-        p = float(stats.ttest_1samp(by_seed, 0.0).pvalue) if np.ptp(by_seed) > 0 else float(by_seed[0] == 0)
+        if np.ptp(by_seed) > ROUNDING:
+            deviation = float(by_seed.std(ddof=1))
+            p = float(stats.ttest_1samp(by_seed, 0.0).pvalue)
+        else:
+            deviation = 0.0
+            p = 2.0 ** (1 - seeds) if abs(by_seed[0]) > ROUNDING else 1.0
     return Comparison(
         crossed_interval(ours - theirs, rng), p, improvement(ours.mean(1), theirs.mean(1), rng), deviation, seeds
     )

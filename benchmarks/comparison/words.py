@@ -24,7 +24,12 @@ HOW_TO_READ = (
     "runs of it: its luck is in every difference.",
     "P(better) is the chance that a run scores above one of the baseline, ties counting half; where the "
     "runs of the two do not overlap, a bootstrap has no interval to give. AUC is the mean success over training steps. "
-    "Environment steps, tokens and seconds are means over runs and leave evaluations out.",
+    "Environment steps, tokens and seconds are means over runs and leave evaluations out; environment steps to a level "
+    "are the median over runs, with none where half of them or more did not come so far.",
+)
+SHARED_START = (
+    "All runs of an environment began from one warm start, whatever their seed: what another start would have given is "
+    "in no interval and no test here."
 )
 
 
@@ -153,9 +158,10 @@ def machine(described: Report) -> str:
 
 
 def how_to_read(report: Report, mark: str) -> list[str]:
-    """Three sentences on intervals, q-values and scores; ``mark`` is how this form marks a difference."""
+    """Sentences on intervals, q-values and scores; ``mark`` is how this form marks a difference."""
     last = "evaluation" if report["last"] == 1 else f"{report['last']} evaluations"
-    return [sentence.format(last=last, mark=mark) for sentence in HOW_TO_READ]
+    shared = [SHARED_START] if report["warm_start"] == "environment" else []
+    return [*(sentence.format(last=last, mark=mark) for sentence in HOW_TO_READ), *shared]
 
 
 def missing(report: Report) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import numpy as np
 import pytest
@@ -111,13 +112,22 @@ def test_what_is_no_credit_is_named(tmp_path):
         load_credit(tmp_path / "none.npz")
     (tmp_path / "text.npz").write_text("hello")
     np.savez(tmp_path / "other.npz", tree=np.zeros(1))
-    for name in ("text", "other"):
+    (tmp_path / "empty.npz").write_bytes(b"")
+    forest = [group(0)]
+    save_credit(tmp_path / "cut.npz", credit_of(forest, *planned("grpo", forest)))
+    data = bytearray((tmp_path / "cut.npz").read_bytes())
+    at = data.index(b"advantage.npy") + len(b"advantage.npy")
+    data[at : at + 24] = bytes(24)
+    (tmp_path / "cut.npz").write_bytes(data)
+    for name in ("text", "other", "empty", "cut"):
         with pytest.raises(UsageError, match="holds no credit of tokens"):
             load_credit(tmp_path / f"{name}.npz")
     fields = {name: np.zeros(2, np.int32) for name in ("tree", "trajectory", "leaf", "start", "advantage", "weight")}
     np.savez(tmp_path / "short.npz", **fields)
-    with pytest.raises(UsageError, match="do not fit each other"):
-        load_credit(tmp_path / "short.npz")
+    np.savez(tmp_path / "flat.npz", **dict.fromkeys(fields, np.int32(0)))
+    for name in ("short", "flat"):
+        with pytest.raises(UsageError, match="do not fit each other"):
+            load_credit(tmp_path / f"{name}.npz")
 
 
 @pytest.mark.parametrize("name", ["arpo", "ppo"])
@@ -184,6 +194,34 @@ def test_a_resumed_recorder_repeats_what_an_undisturbed_one_records(tmp_path):
     (alarm,) = alarms(list(RunFolder(tmp_path / "run0", config).rows()))
     assert printed[0].count("entropy collapse") == 1 and f"step {alarm.step}: {alarm.text}" in printed[0]
     assert len({metrics["entropy/fork_threshold"] for metrics in seen[0]}) == 1
+
+
+def test_forking_tokens_are_measured_against_the_first_step_that_knew_them(tmp_path):
+    """A run of an older version that was resumed has rows without a threshold."""
+    config = load_config(None, [*TINY, f'run_dir="{tmp_path / "run"}"'])
+    run = RunFolder(tmp_path / "run", config)
+    run.make()
+    run.log("train", 1, row_of(1))
+    recorder = Recorder(run, Display(Console(file=io.StringIO())), plain())
+    found = [recorder.step_metrics(step, row_of(step), [group(step)]) for step in (2, 3, 4)]
+    run.close()
+    assert {metrics["entropy/fork_threshold"] for metrics in found} == {found[0]["entropy/p80"]}
+    assert len({metrics["entropy/p80"] for metrics in found}) == 3
+
+
+def test_what_is_not_finite_is_null_in_a_row_and_does_not_end_a_resume(tmp_path):
+    trainer = begin(tmp_path / "run")
+    trainer.run.make()
+    trainer.step = 1
+    row = row_of(1) | {"episodes": 40, "turns": 3.0, "entropy/action_mean": math.nan, "loss": math.inf}
+    trainer._log("train", row | {"entropy/by_turn": [0.5, math.nan, None], "ratio/max": 2.0})
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    stored = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert stored["loss"] is None and stored["entropy/by_turn"] == [0.5, None, None] and stored["ratio/max"] == 2
+    trainer._show_history()
+    trainer.recorder.step_metrics(2, row_of(2), [group(2)])
+    trainer.engine.close()
+    trainer.run.close()
 
 
 def plain():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from agentropy.agents.tree import Trajectory, Tree
 from agentropy.algorithms.instruments.entropies import HEAD_TOKENS, entropy_metrics, token_table
 from agentropy.algorithms.instruments.groups import actions_of, canonical, group_metrics, shannon
-from agentropy.algorithms.instruments.kinds import Kind, TokenKinds, kind_metrics, kinds
+from agentropy.algorithms.instruments.kinds import Kind, TokenKinds, _closing, kind_metrics, kinds
 
 
 def act(tree, parent, text, entropies, turn, logprobs=None, tokens=None):
@@ -165,10 +167,59 @@ def test_nothing_sampled_has_no_metrics():
         ("<action>one</action><action>two", "two"),
         ("<think>cut off", ""),
         ("<search>Rosa  Selenfel</search>", "<search>rosa selenfel</search>"),
+        ("Hm, so <search>Rosa</search> then\n<b>x</b>?", "<search>rosa</search> <b>x</b>"),
+        ("I say <search>Rosa", "<search>rosa"),
     ],
 )
 def test_canonical_actions(text, expected):
     assert canonical(text) == expected
+
+
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<action>", "</action>", " Take", "it\n", "<b"]), max_size=9))
+def test_what_stands_before_the_last_end_of_a_thought_or_behind_a_beginning_does_not_count(parts):
+    text = "".join(parts)
+    plain = re.sub(r".*</think>|<think>.*", " ", text, flags=re.DOTALL)  # quadratic in the length of the text
+    found = re.findall(r"<action>(.*?)(?:</action>|\Z)", plain, re.DOTALL)
+    assert canonical(text) == " ".join((found[-1] if found else plain).split()).lower()
+
+
+def test_messages_of_ten_thousand_tokens_are_read_once():
+    """Each of these takes minutes where every character is looked at from every other one."""
+    words = "word " * 60_000
+    assert canonical(words) == words.strip()
+    assert canonical("<think>" * 40_000) == "" and canonical("<a>" * 60_000) == "<a>" * 60_000
+    for text in ("a" * 300_000, "1" * 300_000 + "(", "f(x) " * 60_000, "((" * 100_000, "a.b(" * 75_000):
+        assert len(kinds([text[:1], text[1:]])) == 2
+
+
+@given(st.text("ab_.1( ,)'", max_size=24))
+def test_arguments_of_calls_stand_behind_a_name(text):
+    """Against an expression that finds the first name with a parenthesis from every place anew."""
+    expected, place = np.full(len(text), Kind.ACTION), 0
+    while found := re.compile(r"[A-Za-z_][\w.]*\(").search(text, place):
+        stop = _closing(text, found.end() - 1, len(text))
+        expected[found.end() : stop - 1] = Kind.ARGUMENT
+        place = max(stop, found.end())
+    blank = [sign.isspace() for sign in text]
+    assert [k for k, b in zip(kinds(list(text)), blank, strict=True) if not b] == [
+        k for k, b in zip(expected, blank, strict=True) if not b
+    ]
+
+
+def test_tokens_without_a_known_entropy_do_not_count():
+    """An engine behind a server may not tell the entropy of every token."""
+    tree, whole = forked(), forked()
+    leaf = act(tree, 2, "look", [math.nan, 5.0], 1, logprobs=[math.nan, -5.0])
+    other = act(whole, 2, "look", [5.0], 1)
+    for each, node in ((tree, leaf), (whole, other)):
+        each.trajectories.append(Trajectory((node,), turns=2))
+    found, expected = metrics_of(tree), metrics_of(whole)
+    for name in ("entropy/by_turn", "entropy/lost", "entropy/fork_threshold", "entropy/p80", "entropy/consistency"):
+        assert found[name] == pytest.approx(expected[name], abs=1e-6), name
+    json.dumps([found, kind_metrics([tree], TokenKinds(Letters()))], allow_nan=False)
+    unknown = Tree("task", "train")
+    act(unknown, unknown.add(-1, "prompt", [1]), "x", [math.nan], 0)
+    assert metrics_of(unknown) == {} and not any("entropy" in n for n in kind_metrics([unknown], TokenKinds(Letters())))
 
 
 @given(st.lists(st.integers(0, 4), max_size=30))

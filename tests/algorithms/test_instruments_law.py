@@ -174,3 +174,9 @@ def test_rows_without_figures_and_of_other_phases_are_passed_over():
     blank = [{"phase": "train", "step": 6}, {**train_row(7), "entropy/action_mean": math.nan}]
     assert alarms([*noise, *rows[:6], *blank, *noise, *rows[6:]]) == alarms(rows) != []
     assert alarms([]) == []
+
+
+def test_success_that_never_changed_has_no_law():
+    rows = [{"entropy/action_mean": 1 - step / 20, "success/rate": 0.0} for step in range(12)]
+    assert law_metrics(rows) == {}
+    assert law_metrics([*rows, {"entropy/action_mean": 0.3, "success/rate": 0.1}])["law/ceiling"] > 0

@@ -17,6 +17,7 @@ from agentropy.agents.models import build_small_model
 from agentropy.agents.policies import EnginePolicy
 from agentropy.agents.rollout import RolloutTask, rollout
 from agentropy.algorithms import Minibatch, recipe
+from agentropy.algorithms.instruments import oracle
 from agentropy.algorithms.instruments.oracle import (
     FEWEST_STEPS,
     correlation_metrics,
@@ -215,3 +216,28 @@ def test_a_displacement_of_another_model_is_refused():
     run = Run()
     with pytest.raises(UsageError, match="one tensor for each"):
         first_order(run.learner, run.play(0), [torch.zeros(3)])
+
+
+def test_signals_are_those_of_the_models_logits_however_many_are_looked_at_together(monkeypatch):
+    torch.manual_seed(0)
+    model = build_small_model(30, hidden=16, layers=1, heads=2, intermediate=16, max_positions=32, seed=0)
+    tokens = torch.randint(0, 30, (3, 9))
+    mask = torch.rand(3, 9) < 0.5
+    mask[:, 0] = False
+    batch = Minibatch(mask=mask, tokens=tokens)
+    with torch.no_grad():
+        logits = model(input_ids=tokens).logits[:, :-1][mask[:, 1:]]
+    expected = logit_signals(logits, tokens[mask], 0.7)
+    for numbers in (1, 60, 1 << 24):
+        monkeypatch.setattr(oracle, "_NUMBERS", numbers)
+        found = oracle._signals(Learner(model, recipe("grpo")), batch, 0.7)
+        for name, values in vars(expected).items():
+            torch.testing.assert_close(getattr(found, name), values, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_that_is_not_finite_does_not_end_the_correlation():
+    rng = np.random.default_rng(0)
+    known = [{f"oracle/{name}": float(rng.normal()) for name in ("predicted", "measured")} for _ in range(FEWEST_STEPS)]
+    broken = [{"oracle/predicted": None, "oracle/measured": 1.0}, {"oracle/predicted": 1.0, "oracle/measured": np.nan}]
+    assert correlation_metrics(known[:4] + broken + known[4:]) == correlation_metrics(known) != {}
+    assert correlation_metrics(known[:-1] + broken) == {}

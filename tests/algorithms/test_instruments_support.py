@@ -115,6 +115,9 @@ def test_an_evaluation_on_disk_gives_its_counts():
 
 def test_the_golden_detectability():
     assert detectability(8192) == pytest.approx(3.66e-4, rel=1e-3)
+    for samples in (1, 2, 3, 8, 100):
+        assert 0 < detectability(samples) <= 1
+        assert 1 - (1 - detectability(samples)) ** samples >= 0.95
 
 
 def test_first_and_last_visit_are_of_tasks_that_came_again():

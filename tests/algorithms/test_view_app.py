@@ -18,9 +18,11 @@ from agentropy.agents.tree import Tree
 from agentropy.algorithms.instruments.credit import credit_path, load_credit
 from agentropy.algorithms.runs import RunFolder
 from agentropy.algorithms.view import library as library_module
+from agentropy.algorithms.view import saved_run as saved_run_module
 from agentropy.algorithms.view.app import create_app
 from agentropy.algorithms.view.index import index_file, step_files
 from agentropy.algorithms.view.library import Library
+from agentropy.algorithms.view.saved_run import SavedRun
 from agentropy.algorithms.view.text import load_trees
 from agentropy.config import load_config
 from agentropy.errors import UsageError
@@ -263,7 +265,8 @@ def test_a_damaged_step_is_named_and_the_others_are_told(tmp_path: Path) -> None
 
 
 def test_evaluations_law_and_configuration_are_told(tmp_path: Path) -> None:
-    run = make_run(tmp_path, steps=4, overrides=("engine.options={api_key='sk-1', url='http://me:pw@host/v1'}",))
+    options = "{api_key='sk-1', apikey='sk-2', url='http://me:pw@host/v1'}"
+    run = make_run(tmp_path, steps=4, overrides=(f"engine.options={options}",))
     for step, split in ((10, "valid_unseen"), (2, "valid_seen"), (10, "valid_seen")):
         run.save_outcomes(
             step, split, {"panel": "x", "tasks": ["a"], "won": [[True]], "turns": [[3]], "score": [[1.0]]}
@@ -273,12 +276,15 @@ def test_evaluations_law_and_configuration_are_told(tmp_path: Path) -> None:
     id = page.ask("runs")["runs"][0]["id"]
     told = page.ask(f"runs/{id}/evaluations")["evaluations"]
     assert [(e["step"], e["split"]) for e in told] == [(2, "valid_seen"), (10, "valid_seen"), (10, "valid_unseen")]
+    append(run, "train", 5, success(0.9) | {"entropy/action_mean": float("nan")})
+    append(run, "train", 6, success(0.9) | {"entropy/action_mean": None})
     law = page.ask(f"runs/{id}/law")
     assert law["points"] == [[pytest.approx(0.9 - 0.1 * step), step / 5] for step in (1, 2, 3, 4)]
     assert law["ceiling"] == pytest.approx(law["b"] - law["a"])
     config = page.ask(f"runs/{id}/config")
-    assert config["values"]["engine"]["options"] == {"api_key": "(hidden)", "url": "http://(hidden)@host/v1"}
-    assert "sk-1" not in config["toml"] and "pw" not in config["toml"] and "[train]" in config["toml"]
+    shown = {"api_key": "(hidden)", "apikey": "(hidden)", "url": "http://(hidden)@host/v1"}
+    assert config["values"]["engine"]["options"] == shown
+    assert "sk-" not in config["toml"] and "pw" not in config["toml"] and "[train]" in config["toml"]
     assert config["values"]["agent"]["max_action_tokens"] == 16
     short = make_run(tmp_path / "short", steps=1)
     page = Page(short.path)
@@ -410,6 +416,20 @@ def test_a_fault_is_a_sentence_too(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     client = TestClient(create_app(library), base_url="http://localhost", raise_server_exceptions=False)
     answer = client.get("/api/runs")
     assert answer.status_code == 500 and answer.json() == {"error": "IndexError: list index out of range"}
+
+
+def test_answers_are_kept_as_far_as_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, steps=1, tasks=8)
+    first = SavedRun("run", "run", run.path)
+    sizes = [len(first.answer(f"trees/1/{number}") or b"") for number in range(8)]
+    for limit in (sum(sizes), 3 * max(sizes), 1):
+        monkeypatch.setattr(saved_run_module, "_KEPT_BYTES", limit)
+        saved = SavedRun("run", "run", run.path)
+        for _ in range(2):
+            assert [len(saved.answer(f"trees/1/{number}") or b"") for number in range(8)] == sizes
+        kept = [len(body) for _, body in saved._answers.values()]
+        assert sum(kept) <= limit or len(kept) == 1
+        assert len(kept) == {sum(sizes): 8, 1: 1}.get(limit, len(kept)) and kept[-1] == sizes[-1]
 
 
 def test_an_answer_that_has_not_changed_is_not_sent_again(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 import shutil
 import threading
@@ -16,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from agentropy.agents.tree import Trajectory, Tree
+from agentropy.algorithms.instruments.credit import Credit, credit_path, save_credit
 from agentropy.algorithms.runs import RunFolder
 from agentropy.algorithms.view.app import create_app
 from agentropy.algorithms.view.export import export
@@ -33,7 +36,7 @@ from tests.algorithms.view_page import (
     rows_of,
     small_run,
 )
-from tests.algorithms.view_runs import append, make_run, success
+from tests.algorithms.view_runs import TOKENIZER, append, make_run, success
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
 uvicorn = pytest.importorskip("uvicorn")
@@ -388,6 +391,23 @@ def test_from_the_runs_to_a_token_and_back_with_keys_alone(open_page: Open) -> N
         page.wait_for_function("title => document.title.startsWith(title)", arg=title)
 
 
+def test_enter_on_a_link_or_a_button_is_theirs(open_page: Open) -> None:
+    """Views have uses of their own for Enter; what has the focus goes first."""
+    page = open_page(TREE)
+    page.locator(".branch-off", has_text="look on the desk").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector('.lane.open[data-branch="2"]')
+    page.get_by_role("link", name="Previous task").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("location.hash.includes('/tree/2/1')")
+    page.locator("#crumbs a", has_text="Trajectories").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#row-0")
+    page.locator(".tabs a", has_text="Curves").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".charts figure")
+
+
 def test_the_theme_follows_the_system_until_it_is_chosen_and_then_stays(open_page: Open) -> None:
     page = open_page(theme="dark", fresh=True)
     background = "getComputedStyle(document.body).backgroundColor"
@@ -440,6 +460,60 @@ def test_curves_show_the_metrics_of_the_file(open_page: Open, site: Site) -> Non
     assert page.locator('figure[data-metric="Turns of an episode"]').count() == 0
     assert "m=success%2Frate" in page.url and "m=turns" not in page.url
     assert page.locator("figure", has_text="Entropy by turn").locator("rect").count() == 2 * 3
+
+
+def test_names_of_tokens_are_no_picture_and_the_law_is_written_with_its_signs(open_page: Open, tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", steps=1)
+    rows = [(0.3, 0.1), (0.5, 0.2), (0.7, 0.4), (math.nan, 0.9)]  # both rise: a is negative
+    for step, (entropy, rate) in enumerate(rows, 2):
+        lists = {"entropy/fork_tokens": [900, 17], "entropy/by_position": [0.5, None]}
+        append(run, "train", step, success(rate) | {"entropy/action_mean": entropy, **lists})
+    export(Library([tmp_path / "run"]), tmp_path / "out")
+    page = open_page("#/run/run", address=(tmp_path / "out" / "index.html").as_uri())
+    figure = page.locator("figure", has_text="Success against entropy")
+    figure.locator("circle").first.wait_for()
+    assert figure.locator("circle").count() == 4 and "−−" not in figure.inner_text()
+    assert re.search(r"R = \d\S* exp\(H\) − ", figure.inner_text())
+    titles = page.locator(".chart-title").all_inner_texts()
+    assert "Entropy by place in the turn" in titles and not [title for title in titles if "fork_tokens" in title]
+
+
+def test_a_turn_in_window_context_shows_all_that_was_read(open_page: Open, tmp_path: Path) -> None:
+    run, tree = make_run(tmp_path / "run", steps=0), Tree("room", "train")
+    leaves = []
+    for turn, (read, seen) in enumerate([("go to the desk", "the desk"), ("go take the mug", "the mug")]):
+        start = tree.add(-1, "prompt", TOKENIZER.encode(read, add_special_tokens=False), text=seen)
+        tokens = TOKENIZER.encode("look", add_special_tokens=False)
+        floats = {"logprobs": [-1.0] * len(tokens), "entropies": [1.0] * len(tokens)}
+        leaves.append(tree.add(start, "action", tokens, sampled=True, turn=turn, text="look", **floats))
+    tree.trajectories = [Trajectory(tuple(leaves), turns=2)]
+    run.save_trees(1, [tree])
+    credit = Credit(
+        *np.array([[0, 0], [0, 0], leaves], np.int32), start=np.arange(3),
+        advantage=np.array([-1, 2], np.float32), weight=np.array([0, 3], np.float32),
+    )  # fmt: skip
+    save_credit(credit_path(run.path, 1), credit)
+    export(Library([run.path]), tmp_path / "out")
+    page = open_page("#/run/run/tree/1/0?colour=advantage", address=(tmp_path / "out" / "index.html").as_uri())
+    page.wait_for_selector(".token[data-value]")
+    page.locator("details.context summary").click()
+    assert page.locator("details.context .prompt").inner_text().strip() == "go take the mug"
+    values = "tokens => tokens.map(token => Number(token.dataset.value))"
+    assert page.locator(".talk .token").evaluate_all(values) == [-1, 2]
+    page.keyboard.press("4")
+    assert page.locator(".talk .token").evaluate_all(values) == [0, 3]
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(open_page: Open, tmp_path: Path) -> None:
+    for name in ("broken", "whole"):
+        make_run(tmp_path / name, steps=1)
+    (tmp_path / "broken" / "config.toml").write_text("seed = [")
+    export(Library([tmp_path]), tmp_path / "out")
+    page = open_page(address=(tmp_path / "out" / "index.html").as_uri())
+    assert page.locator("tr[data-run]").count() == 2
+    page.get_by_role("link", name="broken", exact=True).click()
+    page.wait_for_selector(".charts figure")
+    assert "1 of ?" in page.locator("dl.facts").inner_text()
 
 
 def test_a_live_run_grows_in_the_page(open_page: Open, site: Site) -> None:

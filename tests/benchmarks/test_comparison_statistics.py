@@ -100,10 +100,19 @@ def test_the_paired_test_is_scipys():
     assert statistics.compare(ours, theirs, rng).p == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("gap", "p"), [(0.0, 1.0), (0.25, 0.0)])
-def test_differences_without_spread(gap, p):
+@pytest.mark.parametrize(("gap", "p"), [(0.0, 1.0), (0.25, 2.0 ** (1 - SEEDS)), (-0.25, 2.0 ** (1 - SEEDS))])
+def test_differences_without_spread_are_no_surer_than_their_signs(gap, p):
+    """A t-test would call two seeds of a small panel that happen to differ by the same certain."""
     table = np.full((SEEDS, TASKS), 0.5)
     assert statistics.compare(table + gap, table, np.random.default_rng(0)).p == p
+
+
+def test_rounding_is_no_difference():
+    """Equal rates in thirds, whose means differ in the last place only."""
+    table = np.full((SEEDS, TASKS), 1 / 3)
+    noise = np.where(np.arange(SEEDS) % 2, 1e-16, 2e-16)[:, None]
+    result = statistics.compare(table + noise, table, np.random.default_rng(0))
+    assert (result.p, result.deviation) == (1.0, 0.0)
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=6), st.lists(st.integers(0, 4), min_size=2, max_size=6))

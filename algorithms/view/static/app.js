@@ -207,6 +207,8 @@
   document.addEventListener("keydown", (event) => {
     if (event.defaultPrevented || event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.target.closest("input, select, textarea, dialog")) return;
+    // Enter is for the link or button that has the focus, before it is a key of the page.
+    if (event.key === "Enter" && event.target.closest("a, button, summary")) return;
     const keys = { "?": help, t: flip, u: up, ...(current && current.keys) };
     if (!Object.hasOwn(keys, event.key)) return;
     event.preventDefault();

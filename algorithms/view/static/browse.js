@@ -386,7 +386,9 @@
       leave: () => (observer.disconnect(), document.removeEventListener("agentropy:theme", onTheme)),
       refresh: async (now) => {
         const next = now.filter((run) => many || run.id === ids[0]);
-        if (next.every((run, at) => sources[at] && sources[at].run.index === run.index)) return;
+        const same = (run, at) => sources[at] && sources[at].run.id === run.id && sources[at].run.index === run.index;
+        if (next.length === sources.length && next.every(same)) return;
+        sources.length = Math.min(sources.length, next.length);
         for (const [at, run] of next.entries()) sources[at] = { run, index: await agentropy.index(run) };
         if (!rows.size) return location.reload();
         rows = agentropy.tableOf(sources);

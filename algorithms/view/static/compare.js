@@ -141,7 +141,6 @@
       );
     }
     rows[rows.length - 1].classList.add("last");
-    host.replaceChildren(...rows);
     const domain = {};
     for (const measure of Object.keys(MEASURES)) {
       const there = trees.map((tree) => tree.domains[measure]).filter(Boolean);
@@ -149,10 +148,11 @@
         ? [Math.min(...there.map((one) => one[0])), Math.max(...there.map((one) => one[1]))]
         : null;
     }
-    const sections = [...host.querySelectorAll(".pair")].slice(1);
     return {
       trees,
-      sections,
+      picks,
+      rows,
+      sections: rows.slice(1),
       domain,
       paint: () =>
         [0, 1].forEach((side) => {
@@ -180,7 +180,7 @@
       task: query.get("task") || "",
       place: 0,
     };
-    let shown = null, picks = null;
+    let shown = null, picks = null, shows = 0;
     const missing = (
       measure,
     ) => (shown && !shown.domain[measure]
@@ -189,7 +189,7 @@
     const colours = agentropy.colouring({ missing, change: recolour });
     const tips = agentropy.tips(host, (span) => {
       const side = Number(span.closest("[data-side]").dataset.side);
-      return [shown.trees[side], picks[side].trajectory];
+      return [shown.trees[side], shown.picks[side].trajectory];
     });
     const tokens = agentropy.rove(host);
 
@@ -327,7 +327,10 @@
     }
 
     async function show() {
-      shown = await panes(host, runs, picks, state);
+      const mine = ++shows, found = await panes(host, runs, [...picks], state);
+      if (mine !== shows) return;
+      shown = found;
+      host.replaceChildren(...shown.rows);
       tokens.reset();
       drawPicker();
       if (missing(state.measure)) state.measure = "entropy";

@@ -118,6 +118,7 @@
       element.setAttribute("aria-valuetext", `turn ${at}, entropy ${number(values[at])} nats`);
     }
     const drag = (event) => {
+      if (!sections.length) return;
       const { first, size } = whole(), box = element.getBoundingClientRect();
       window.scrollTo(0, scrollY + first + ((event.clientY - box.top) / box.height) * size - innerHeight / 2);
     };

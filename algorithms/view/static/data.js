@@ -61,7 +61,18 @@
     return value;
   }
 
-  const runs = async () => (await (agentropy.live ? load("runs") : keep("runs", 0, () => load("runs")))).runs;
+  // A run whose configuration cannot be read is a run all the same; one that was exported no longer grows.
+  const known = (run) => ({
+    ...run,
+    algorithm: run.algorithm ?? "?",
+    env: run.env ?? "?",
+    model: run.model ?? "?",
+    seed: run.seed ?? "?",
+    steps: run.steps ?? "?",
+    live: agentropy.live && run.live,
+  });
+  const runs = async () =>
+    (await (agentropy.live ? load("runs") : keep("runs", 0, () => load("runs")))).runs.map(known);
 
   // {cursor, rows}; new rows are added to those that are there, unless the run went back to a checkpoint.
   const metrics = (run) =>
@@ -86,9 +97,10 @@
   // The last few trees stay: going back and forth between branches and panes asks for nothing.
   function treeOf(run, step, place) {
     const key = `runs/${run.id}/trees/${step}/${place}`;
-    let found = trees.find((one) => one.key === key);
+    // A run that went back to a checkpoint plays its steps again; it then has another index.
+    let found = trees.find((one) => one.key === key && one.state === run.index);
     if (!found) {
-      found = { key, value: load(key).then(model) };
+      found = { key, state: run.index, value: load(key).then(model) };
       found.value.catch(() => trees.splice(trees.indexOf(found), 1));
       trees.push(found);
       if (trees.length > 12) trees.shift();

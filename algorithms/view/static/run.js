@@ -10,6 +10,9 @@
     "entropy/by_position": ["place", "Entropy by place in the turn"],
   };
 
+  // Lists of names, not of sizes: a picture of them would say nothing.
+  const NAMES = new Set(["entropy/fork_tokens"]);
+
   agentropy.tabs = (run, here) =>
     h(
       "nav",
@@ -49,7 +52,7 @@
 
   function lists(rows) {
     const train = agentropy.columns(rows, "train");
-    const names = Object.keys(train).filter((name) => train[name].some(Array.isArray));
+    const names = Object.keys(train).filter((name) => !NAMES.has(name) && train[name].some(Array.isArray));
     return names.map((name) => {
       const at = train[name].map((_, place) => place).filter((place) =>
         Array.isArray(train[name][place]) && train[name][place].length
@@ -68,14 +71,14 @@
 
   function lawFigure(law) {
     if (!law || !law.points || law.points.length < 3) return null;
-    const sign = law.b < 0 ? "−" : "+";
+    const sign = law.b < 0 ? "−" : "+", fall = law.a < 0 ? "" : "−";
     return agentropy.scatter({
       title: "Success against entropy",
       points: law.points,
       fit: (entropy) => -law.a * Math.exp(entropy) + law.b,
       xLabel: "entropy, nats",
       note:
-        `R = −${brief(law.a)} exp(H) ${sign} ${brief(Math.abs(law.b))}. Ceiling at H = 0: ${
+        `R = ${fall}${brief(Math.abs(law.a))} exp(H) ${sign} ${brief(Math.abs(law.b))}. Ceiling at H = 0: ${
           number(law.ceiling, 2)
         }. R² ${number(law.r2, 2)}` + (law.heldout_error === null || law.heldout_error === undefined
           ? "."
@@ -161,7 +164,7 @@
       agentropy.metrics(run),
       agentropy.config(run).catch(() => null),
     ]);
-    let rows = first;
+    let rows = first, drawings = 0;
     const asked = query.getAll("m").filter(Boolean);
     const names = agentropy.metricNames(rows);
     let chosen = asked.length ? asked : agentropy.DEFAULTS.filter((name) => names.includes(name));
@@ -206,8 +209,9 @@
       if (focused) charts.querySelector(`figure[data-metric="${CSS.escape(focused)}"] .plot`)?.focus();
       more.replaceChildren(...lists(rows).filter(Boolean));
       extra.replaceChildren(...[families(rows)].filter(Boolean));
+      const mine = ++drawings;
       agentropy.law(run).then((law) => {
-        const figure = lawFigure(law);
+        const figure = mine === drawings && lawFigure(law);
         if (figure) more.append(figure);
       });
     }

@@ -66,7 +66,8 @@
           h("summary", {
             text: `What the policy read at turn ${part.turn}: ${agentropy.count(one.tokens.length, "token")}`,
           }),
-          passage(one.text, "prompt"),
+          // Its text is the newest observation alone; its tokens are all that was read.
+          passage(one.pieces ? one.pieces.join("") : one.text, "prompt"),
         ),
       );
     }
