@@ -87,7 +87,8 @@ class SavedRun:
             "step": max((row["step"] for row in rows if row["phase"] == "train"), default=0),
             "steps": _table(config, "train").get("steps"),
             "success": _success(held_out[-1]) if held_out else None,
-            "before": _success(held_out[0]) if held_out else None,
+            # Runs that share a start are not evaluated before their first step.
+            "before": _success(held_out[0]) if held_out and not held_out[0]["step"] else None,
             "alarms": [asdict(alarm) for alarm in alarms(rows)],
             "trees": None if readable is None else sum(map(len, readable)),
             "trajectories": None if readable is None else sum(sum(index.trajectories) for index in readable),
