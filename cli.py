@@ -305,7 +305,7 @@ def _play(arguments: argparse.Namespace) -> int:
 
 
 def _recipes(arguments: argparse.Namespace) -> int:
-    from .algorithms.recipe import METHODS
+    from .algorithms.recipes import METHODS
 
     for name, method in sorted(METHODS.items()):
         print(f"{name:12} {method.summary}{f' (on {method.base})' if method.base else ''}")
