@@ -6,10 +6,9 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 
-from ..errors import MissingDependencyError
+from ..extras import require
 
 TOKEN_VARIABLE = "AGENTROPY_TOKEN"
 
@@ -33,13 +32,7 @@ def main(arguments: argparse.Namespace) -> int:
         UsageError: there is no such model, or the port is taken.
         MissingDependencyError: the ``train`` or ``serve`` extra is not installed.
     """
-    missing = [
-        name for name in ("torch", "transformers", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None
-    ]
-    if missing:
-        raise MissingDependencyError(
-            f'serving a model needs {", ".join(missing)}, not installed; run: pip install "agentropy[train,serve]"'
-        )
+    require("serving a model", "train,serve", ("torch", "transformers", "fastapi", "uvicorn"))
     from .model_server import serve_folder
 
     serve_folder(

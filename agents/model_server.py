@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import os
 import signal
 import socket
@@ -17,7 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import AgentropyError, MissingDependencyError, UsageError
+from ..errors import AgentropyError
+from ..extras import require
+from ..listening import listen, url_of
 from .engines.base import Engine
 from .model_batching import Batcher
 from .model_protocol import ServedModel
@@ -69,9 +70,8 @@ class ModelServer:
 
         from .model_api import create_app
 
-        listener = _listen(host, port)
-        where = listener.getsockname()
-        self.url = f"http://[{where[0]}]:{where[1]}" if ":" in where[0] else f"http://{where[0]}:{where[1]}"
+        listener = listen(host, port)
+        self.url = url_of(listener)
         self._batcher = Batcher(engine)
         model = ServedModel(
             self._batcher,
@@ -200,25 +200,4 @@ def serve_folder(
 
 
 def _require() -> None:
-    missing = [module for module in ("fastapi", "uvicorn") if importlib.util.find_spec(module) is None]
-    if missing:
-        names = " and ".join(missing)
-        raise MissingDependencyError(
-            f'serving a model needs {names}, which is not installed; run: pip install "agentropy[serve]"'
-        )
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(2048)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        raise UsageError(f"cannot listen on {host} port {port}: {error.strerror or error}") from error
-    return listener
+    require("serving a model", "serve", ("fastapi", "uvicorn"))

@@ -18,7 +18,7 @@ from gymnasium.error import ResetNeeded
 from gymnasium.spaces import Space
 
 from ..errors import EnvironmentFailedError, UsageError, nearest
-from .extras import require
+from ..extras import require
 from .serve import wire
 
 DEFAULT_ENV = "agentropy/ALFWorld-v0"
@@ -114,7 +114,7 @@ class RemoteEnv(gymnasium.Env[str, str]):
             UsageError: an argument makes no sense.
             MissingDependencyError: httpx is not installed.
         """
-        require("A remote environment", "serve", {"httpx": "httpx"})
+        require("A remote environment", "serve", ["httpx"])
         from .serve.connection import choose_form
 
         url = url or os.environ.get(URL_VARIABLE)

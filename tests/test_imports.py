@@ -32,7 +32,7 @@ class Rule:
     """When set, the only outside packages allowed beyond the standard library."""
 
 
-FOUNDATION = frozenset({"errors", "__init__"})
+FOUNDATION = frozenset({"errors", "extras", "listening", "__init__"})
 RULES = {
     "envs": Rule(FOUNDATION | {"envs", "registry"}, never=TENSORS | MODELS),
     "kernels": Rule(FOUNDATION | {"kernels"}, only=TENSORS | {"numpy"}),
@@ -44,6 +44,8 @@ RULES = {
     # Read by the command line before anything heavy is loaded.
     "__init__": Rule(frozenset(), only=frozenset()),
     "errors": Rule(frozenset(), only=frozenset()),
+    "extras": Rule(FOUNDATION, only=frozenset()),
+    "listening": Rule(FOUNDATION, only=frozenset()),
     "registry": Rule(frozenset(), only=frozenset()),
     "config": Rule(FOUNDATION | {"registry"}, never=TENSORS | MODELS | WORLDS),
     "doctor": Rule(FOUNDATION | {"envs.tools.interpreters"}, never=TENSORS | MODELS | WORLDS),

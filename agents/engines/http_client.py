@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import json
 import logging
 import random
@@ -20,7 +19,8 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from ...errors import AgentropyError, MissingDependencyError, UsageError
+from ...errors import AgentropyError, UsageError
+from ...extras import require
 from .base import Completion
 
 if TYPE_CHECKING:
@@ -132,10 +132,7 @@ class Courier:
             UsageError: a number is out of its range, or the address is none.
             MissingDependencyError: httpx is not installed.
         """
-        if importlib.util.find_spec("httpx") is None:
-            raise MissingDependencyError(
-                'the HTTP engine needs httpx, which is not installed; run: pip install "agentropy[http]"'
-            )
+        require("the HTTP engine", "http", ["httpx"])
         if concurrency < 1 or timeout <= 0 or retries < 0 or backoff < 0 or patience < 0:
             raise UsageError(
                 f"concurrency={concurrency}, timeout={timeout}, retries={retries}, backoff={backoff}, "

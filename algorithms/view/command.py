@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import os
 import socket
 import sys
@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...errors import MissingDependencyError, UsageError
+from ...errors import UsageError
+from ...extras import require
+from ...listening import LARGEST_PORT, listen
 
 if TYPE_CHECKING:
     from .library import Library
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 PORT = 8765
 _PORTS = 20
 """Ports that are tried from ``PORT`` on, before any free one."""
-_LARGEST_PORT = 65535
 _ANYWHERE = ("0.0.0.0", "::")
 _SHUTDOWN_SECONDS = 2
 
@@ -68,12 +69,12 @@ def view(
     for name, value in (("step", step), ("task", task), ("depth", depth)):
         if value is not None:
             raise UsageError(f"--{name} goes with --text; the page has its own choice of trees")
-    if port is not None and not 0 <= port <= _LARGEST_PORT:
-        raise UsageError(f"--port is {port}; expected 0 to {_LARGEST_PORT}")
+    if port is not None and not 0 <= port <= LARGEST_PORT:
+        raise UsageError(f"--port is {port}; expected 0 to {LARGEST_PORT}")
     from .library import Library
 
     library = Library(folders)
-    _require()
+    require("`agentropy view` without --text", "train", ("fastapi", "uvicorn"))
     if export is not None:
         from .export import export as write
 
@@ -123,35 +124,15 @@ def _has_browser() -> bool:
     return sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY", "BROWSER"))
 
 
-def _require() -> None:
-    missing = [module for module in ("fastapi", "uvicorn") if importlib.util.find_spec(module) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"the page needs {' and '.join(missing)}, which is not installed; --text draws trees in the terminal "
-            'without; run: pip install "agentropy[train]"'
-        )
-
-
 def _listen(host: str, port: int | None) -> socket.socket:
     """A listening socket at ``port``; at the first free one from ``PORT`` on where it is None.
 
     Raises:
         UsageError: the address cannot be had.
     """
-    ports = [port] if port is not None else [*range(PORT, PORT + _PORTS), 0]
-    for number in ports:
-        try:
-            family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            listener = socket.socket(family, kind, protocol)
-            try:
-                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                listener.bind(address)
-                listener.listen()
-                return listener
-            except BaseException:
-                listener.close()
-                raise
-        except OSError as error:
-            if number == ports[-1] or isinstance(error, socket.gaierror):
-                raise UsageError(f"cannot listen on {host} port {number}: {error.strerror or error}") from error
-    raise AssertionError
+    if port is not None:
+        return listen(host, port)
+    for number in range(PORT, PORT + _PORTS):
+        with contextlib.suppress(UsageError):
+            return listen(host, number)
+    return listen(host, 0)

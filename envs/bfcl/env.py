@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import UsageError, nearest
-from ..extras import require
+from ...extras import require
 from ..world import Info, Turn, World
 from .calls import FORMS, Call, Message, read, write
 from .documents import PLACES, function_names, instructions, schemas, signatures, tool_schemas
@@ -159,7 +159,7 @@ class BFCLEnv(World):
         _choice("form of calls", form, FORMS)
         _choice("BFCL reward", reward, REWARDS)
         _choice("way with malformed calls", malformed, MALFORMED)
-        require("BFCL", "bfcl", {"mpmath": "mpmath"})
+        require("BFCL", "bfcl", ["mpmath"])
         self.reward = reward
         self.irrelevance = irrelevance
         self.malformed = malformed

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 
 from ...errors import EnvironmentFailedError, UsageError, nearest
-from ..extras import require
+from ...extras import require
 from ..world import Info, Turn, World
 from . import tasks as catalogue
 from .gold import Played, free, gold_path, next_action, stored

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from ..extras import require
+from ...extras import require
 from .passages import Corpus
 from .retriever import Hit, best
 from .store import cached

@@ -16,7 +16,7 @@ from typing import Any, Final
 import numpy as np
 
 from ...errors import EnvironmentFailedError, UsageError
-from ..extras import require
+from ...extras import require
 from .passages import Passage
 from .retriever import Hit
 
@@ -37,7 +37,7 @@ class _Client:
     """Posts JSON, again where that may help. It survives pickling and forking: connections are made when needed."""
 
     def __init__(self, url: str, token: str | None, timeout: float, attempts: int, pause: float) -> None:
-        require("a retriever on a server", "search", {"httpx": "httpx"})
+        require("a retriever on a server", "search", ["httpx"])
         if attempts < 1 or timeout <= 0 or pause < 0:
             raise UsageError(
                 f"expected attempts >= 1, timeout > 0 and pause >= 0, got {attempts}, {timeout} and {pause}"

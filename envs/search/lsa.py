@@ -14,7 +14,7 @@ from typing import Final
 
 import numpy as np
 
-from ..extras import require
+from ...extras import require
 from .bm25 import Index, terms
 from .passages import Corpus
 from .store import cached

@@ -13,6 +13,8 @@ import sys
 from typing import TYPE_CHECKING, Final
 
 from ...errors import UsageError
+from ...extras import require
+from ...listening import listen, url_of
 
 if TYPE_CHECKING:
     from .retriever import Retriever
@@ -97,28 +99,16 @@ def serve_retriever(
         UsageError: the address cannot be used, or is open to others and there is no token.
         MissingDependencyError: the ``serve`` extra is not installed.
     """
-    from ..extras import require
-
-    require("agentropy serve retriever", "serve", {"fastapi": "fastapi", "uvicorn": "uvicorn"})
+    require("agentropy serve retriever", "serve", ("fastapi", "uvicorn"))
     token = token or os.environ.get(TOKEN) or None
     if token is None and host not in _LOOPBACK:
         raise UsageError(f"{host} can be reached from other machines: give --token or set {TOKEN}")
-    import socket
-
     import uvicorn
 
     from .app import make_app
 
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off, which else costs 40 ms an answer, only where the protocol is named.
-    with socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((host, port))
-        except (OSError, OverflowError) as error:
-            raise UsageError(f"cannot listen at {host}:{port}: {error}") from error
-        shown = f"[{host}]" if ":" in host else host
-        print(f"retriever at http://{shown}:{listener.getsockname()[1]}/retrieve", file=sys.stderr, flush=True)
+    with listen(host, port) as listener:
+        print(f"retriever at {url_of(listener)}/retrieve", file=sys.stderr, flush=True)
         app = make_app(retriever, token=token, max_queries=max_queries, max_topk=max_topk, concurrency=concurrency)
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=30)
         uvicorn.Server(config).run(sockets=[listener])

@@ -10,11 +10,12 @@ import os
 from pathlib import Path
 
 from ...errors import UsageError
-from ..extras import require
+from ...extras import require
+from ...listening import listen, url_of
 from .settings import DEFAULT_PORT, Settings
 
 TOKEN_VARIABLE = "AGENTROPY_TOKEN"
-_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "msgpack": "msgpack"}
+_PACKAGES = ("fastapi", "uvicorn", "msgpack")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,9 +44,9 @@ def main(arguments: argparse.Namespace) -> int:
     """
     require("Serving environments", "serve", _PACKAGES)
     settings = settings_of(arguments)
-    from .running import listen, run, url_of
+    from .running import run
 
-    listener = listen(settings)
+    listener = listen(settings.host, settings.port)
     secret = f"{len(settings.tokens)} tokens" if settings.tokens else "no token, this machine alone"
     print(f"serving {', '.join(settings.env_ids)}\non {url_of(listener)} ({secret}); Ctrl-C ends it", flush=True)
     run(settings, listener)

@@ -1,6 +1,5 @@
 """A running server.
 
-- ``listen``: the socket that it answers on.
 - ``run``: serve until a signal ends it.
 - ``BackgroundServer``: serve from a thread of this process, as in a notebook.
 """
@@ -18,7 +17,8 @@ from typing import Any, cast
 
 import uvicorn
 
-from ...errors import EnvironmentFailedError, UsageError
+from ...errors import EnvironmentFailedError
+from ...listening import listen, url_of
 from .app import create_app
 from .settings import Settings
 
@@ -26,40 +26,6 @@ _SHUTDOWN_SECONDS = 5
 _KEEP_ALIVE_SECONDS = 75
 _SILENT_SECONDS = 20.0
 """How long a new connection may take to send its first request."""
-
-
-def listen(settings: Settings) -> socket.socket:
-    """Return a listening socket whose connections notice within a minute that the other side is gone.
-
-    Raises:
-        UsageError: the address cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
-        )[0]
-        listener = socket.socket(family, kind, protocol)  # asyncio switches Nagle's delay off where it sees TCP
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # accepted sockets inherit these
-            for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
-                if hasattr(socket, option):
-                    listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-            listener.bind(address)
-            listener.listen(2048)
-        except BaseException:
-            listener.close()
-            raise
-    except OSError as error:
-        reason = error.strerror or error
-        raise UsageError(f"cannot listen on {settings.host} port {settings.port}: {reason}") from error
-    return listener
-
-
-def url_of(listener: socket.socket) -> str:
-    """Return the URL of a listening socket."""
-    host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def run(settings: Settings, listener: socket.socket) -> None:
@@ -89,7 +55,7 @@ class BackgroundServer:
             UsageError: the address cannot be had.
             EnvironmentFailedError: the server did not start.
         """
-        self._listener = listen(settings)
+        self._listener = listen(settings.host, settings.port)
         self.url = url_of(self._listener)
         self._server = uvicorn.Server(_config(settings))
         started = threading.Event()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError, nearest
-from ..extras import require
+from ...extras import require
 from ..world import Info, Turn, World
 from .challenges import recipe
 from .games import FileGames, Games, GeneratedGames, Loaded
@@ -112,7 +112,7 @@ class TextWorldEnv(World):
             UsageError: an argument is none of these, or there is no such game.
             MissingDependencyError: TextWorld is not installed.
         """
-        require("TextWorld", "textworld", {"textworld": "textworld"})
+        require("TextWorld", "textworld", ["textworld"])
         for what, value, known in (("engine", engine, ENGINES), ("reward", reward, REWARDS)):
             if value not in known:
                 raise UsageError(f"unknown TextWorld {what} {value!r}{nearest(str(value), known)}")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UsageError, nearest
-from ..extras import require
+from ...extras import require
 from .tasks import SPLITS, Task, TaskSource, bucket
 
 _FIELDS = ("question", "answer", "id", "split", "solution")
@@ -116,7 +116,7 @@ def _kind(path: Path) -> str:
 
 def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if _kind(path) == ".parquet":
-        require("a Parquet file", "parquet", {"pyarrow": "pyarrow"})
+        require("a Parquet file", "parquet", ["pyarrow"])
         import pyarrow.parquet
 
         yield from pyarrow.parquet.read_table(path).to_pylist()

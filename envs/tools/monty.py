@@ -24,7 +24,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ..extras import require
+from ...extras import require
 from .interpreters import OUTPUT_BYTES, Interpreter, Ran, SandboxReport
 
 _GRACE_SECONDS = 0.5

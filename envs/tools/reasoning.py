@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...errors import UsageError, nearest
-from ..extras import require
+from ...extras import require
 from .tasks import SPLITS, Task, TaskSource, in_split, kind_and_number, numbered
 
 DEFAULT = ("basic_arithmetic", "chain_sum", "gcd", "lcm", "prime_factorization", "simple_equations")

@@ -75,7 +75,7 @@ def test_without_the_packages_that_serve_it_says_which_and_still_draws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(tmp_path, steps=1)
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "uvicorn" else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else object())
     for options in ({}, {"export": str(tmp_path / "page")}):
         with pytest.raises(MissingDependencyError, match=r'needs uvicorn, .*pip install "agentropy\[train\]"'):
             view([str(run.path)], browser=False, **options)

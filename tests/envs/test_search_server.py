@@ -292,7 +292,7 @@ def test_an_open_address_needs_a_token(monkeypatch):
         (["--passages", "/nowhere/p.jsonl"], "there is no file"),
         (["--split", "trian"], "unknown split 'trian'"),
         (["--source", "shard"], "did you mean 'shared'"),
-        (["--host", "203.0.113.7", "--token", "x"], "cannot listen at 203.0.113.7"),
+        (["--host", "203.0.113.7", "--token", "x"], "cannot listen on 203.0.113.7 port"),
     ],
 )
 def test_wrong_options_are_named(arguments, message):

@@ -1,4 +1,4 @@
-"""What a world needs beside this package, and the command that installs it.
+"""What a part of this package needs beside it, and the command that installs that.
 
 - ``require``: raise unless some modules can be imported; nothing is imported to find out.
 """
@@ -6,23 +6,24 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from ..errors import MissingDependencyError
+from .errors import MissingDependencyError
 
 
-def require(what: str, extra: str, modules: Mapping[str, str]) -> None:
+def require(what: str, extra: str, modules: Iterable[str]) -> None:
     """Raise unless every module is installed.
 
     Args:
         what: the part of this package that needs them, such as ``"ScienceWorld"``.
         extra: the extra that installs them.
-        modules: top-level module to the name of the package that has it.
+        modules: top-level modules; a mapping gives the name of the package that has each, where it is another.
 
     Raises:
         MissingDependencyError: one is absent; the message ends with the command that installs it.
     """
-    missing = [package for module, package in modules.items() if importlib.util.find_spec(module) is None]
+    packages = modules if isinstance(modules, Mapping) else {module: module for module in modules}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise MissingDependencyError(
             f'{what} needs {", ".join(missing)}, which is not installed; run: pip install "agentropy[{extra}]"'
