@@ -273,4 +273,4 @@ def _chromium() -> Check:
     found = next(filter(None, map(shutil.which, names)), None)
     if found:
         return Check("chromium", "ok", found)
-    return Check("chromium", "missing", "only the report's browser test uses it", "sudo apt install chromium")
+    return Check("chromium", "missing", "only the tests of pages use it", "sudo apt install chromium")

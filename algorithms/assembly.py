@@ -88,7 +88,8 @@ def open_world(config: EnvConfig, split: str) -> gymnasium.Env[str, str]:
         return wrap(world, config.wrappers)
     except ModuleNotFoundError as error:
         module, _, _ = config.id.rpartition(":")
-        if getattr(error.__cause__, "name", None) != module:
+        missing = getattr(error.__cause__, "name", None)
+        if missing is None or not f"{module}.".startswith(f"{missing}."):
             raise
         raise UsageError(
             f"env.id: there is no module '{module}'; `python -m agentropy` also looks for modules in this folder"

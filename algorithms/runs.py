@@ -1,23 +1,26 @@
 """A run is a folder: configuration, metrics, trajectories, checkpoints, events and a report.
 
 - ``RunFolder``: plans or opens it, appends metrics, stores trees, and cuts back to a checkpoint on resume.
-- ``write_atomically``: a file that is there whole or not at all.
+- ``read_rows``: the rows of a metrics file. ``evaluation_path``, ``evaluation_files``: where evaluations are stored.
+- ``write_atomically``: a file that is there whole or not at all. ``finite``: a value as JSON knows it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config import RunConfig, load_config, to_toml
 from ..errors import UsageError
-from .view.index import index_file, pack
+from .view.index import index_file, pack, step_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -36,6 +39,39 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def finite(value: Any) -> Any:
+    """``value`` with None for every number in it that is not finite, as after an update that was skipped."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a metrics file; a last line that a kill cut short is skipped."""
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def evaluation_path(run: Path, step: int, split: str) -> Path:
+    """Where a run keeps what came of its evaluation after ``step`` on ``split``."""
+    return run / "evaluations" / f"step-{step:06d}-{_file_name(split)}.json"
+
+
+def evaluation_files(run: Path, split: str) -> list[Path]:
+    """Every evaluation of a run on ``split``, in the order of steps."""
+    # Other splits may end alike, such as test and hard-test.
+    named = re.compile(rf"step-\d+-{re.escape(_file_name(split))}\.json")
+    return sorted(path for path in (run / "evaluations").glob("step-*.json") if named.fullmatch(path.name))
+
+
+def _file_name(split: str) -> str:
+    return split.replace("/", "_")
 
 
 def default_run_dir(config: RunConfig) -> Path:
@@ -100,15 +136,12 @@ class RunFolder:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All metric rows; a last line that a kill cut short is skipped."""
-        if not self.metrics_file.exists():
-            return
-        with open(self.metrics_file, encoding="utf-8") as file:
-            for line in file:
-                if line.endswith("\n"):
-                    yield json.loads(line)
+        if self.metrics_file.exists():
+            yield from read_rows(self.metrics_file)
 
     def log(self, phase: str, step: int, metrics: Mapping[str, Any]) -> None:
-        """Append a row and mirror its numbers to TensorBoard."""
+        """Append a row and mirror its numbers to TensorBoard; what is not finite is told as None."""
+        metrics = finite(metrics)
         row = {"phase": phase, "step": step, **metrics}
         with open(self.metrics_file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -119,17 +152,16 @@ class RunFolder:
 
     def rewind(self, rows: int) -> None:
         """Keep the first ``rows`` metric rows, which the checkpoint had seen, and what was saved of their steps."""
-        kept = [json.dumps(row) + "\n" for row, _ in zip(self.rows(), range(rows), strict=False)]
-        write_atomically(self.metrics_file, "".join(kept).encode())
+        kept = list(islice(self.rows(), rows))
+        write_atomically(self.metrics_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
         # Event files cannot be cut; they are written anew from the rows that remain.
         shutil.rmtree(self.path / "events", ignore_errors=True)
         writer = self._tensorboard()
-        for line in kept:
-            row = json.loads(line)
+        for row in kept:
             for name, value in row.items():
                 if isinstance(value, int | float) and name != "step":
                     writer.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-        done = max((row["step"] for row in map(json.loads, kept) if row["phase"] == "train"), default=0)
+        done = max((row["step"] for row in kept if row["phase"] == "train"), default=0)
         for part in ("evaluations", "trajectories"):
             for path in (self.path / part).glob("step-*"):
                 number = re.match(r"step-(\d+)[-.]", path.name)
@@ -138,7 +170,7 @@ class RunFolder:
 
     def save_trees(self, step: int, trees: Iterable[Tree]) -> None:
         """Store a step's rollouts, one tree a line, and beside them their index."""
-        path = self.path / "trajectories" / f"step-{step:06d}.jsonl.gz"
+        path = step_file(self.path, step)
         data, index = pack(tree.to_dict() for tree in trees)
         # At no moment does an index lie beside other trees than its own.
         index_file(path).unlink(missing_ok=True)
@@ -147,7 +179,7 @@ class RunFolder:
 
     def save_outcomes(self, step: int, split: str, outcomes: Mapping[str, Any]) -> None:
         """Store what came of every episode of an evaluation, as JSON."""
-        path = self.path / "evaluations" / f"step-{step:06d}-{split.replace('/', '_')}.json"
+        path = evaluation_path(self.path, step, split)
         write_atomically(path, json.dumps({"step": step, "split": split, **outcomes}, separators=(",", ":")).encode())
 
     def close(self) -> None:

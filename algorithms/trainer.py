@@ -465,7 +465,7 @@ class Trainer:
         return "rows" if self.recipe.branching is None else "groups"
 
     def _log(self, phase: str, metrics: dict[str, Any], *, step: int | None = None) -> None:
-        self.run.log(phase, self.step if step is None else step, _told(metrics))
+        self.run.log(phase, self.step if step is None else step, metrics)
         self.rows += 1
 
     def _checkpoint(self, warm: WarmStart | None = None) -> None:
@@ -505,15 +505,6 @@ class Trainer:
 
 def _count(display: Display, label: str, count: Progress) -> None:
     display.status(label, f"{count.episodes}/{count.total} episodes, {count.won} won")
-
-
-def _told(value: Any) -> Any:
-    """``value`` as JSON knows it: what is not finite, as after an update that was skipped, is told as None."""
-    if isinstance(value, dict):
-        return {name: _told(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_told(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _split_times(metrics: dict[str, Any]) -> dict[str, Any]:

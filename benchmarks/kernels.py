@@ -346,8 +346,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         add_peers(options.peers)
 
     machine = describe_machine(("torch", "triton")) | {"threads": torch.get_num_threads()}
-    if device == "cuda":
-        machine["gpu"] = torch.cuda.get_device_name()
     console = Console()
     console.print(summary(machine) + (f", {machine['gpu']}" if device == "cuda" else f", {machine['threads']} threads"))
     tables: dict[str, list[Row]] = {}

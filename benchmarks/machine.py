@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import subprocess
+import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,6 +33,7 @@ def describe_machine(packages: Sequence[str] = ()) -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("agentropy", "numpy", *packages)},
         "git_commit": _commit(),
+        "gpu": _gpu(),
     }
 
 
@@ -49,6 +51,12 @@ def _cpu_model() -> str:
     except OSError:
         found = None
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def _gpu() -> str | None:
+    """The first GPU, where this process has use for one: torch is not imported to find out."""
+    torch = sys.modules.get("torch")
+    return torch.cuda.get_device_name() if torch is not None and torch.cuda.is_available() else None
 
 
 def _version(package: str) -> str | None:

@@ -27,13 +27,10 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ... import __version__
 from ...errors import UsageError
 from .library import Library
 
 STATIC = Path(__file__).parent / "static"
-FORMAT = 1
-"""Version of the answers; the page says so when it was made for another one."""
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _JSON = "application/json"
@@ -92,7 +89,7 @@ def create_app(library: Library, *, names: Collection[str] = LOOPBACK_NAMES, add
 
 def mode_script(*, live: bool) -> str:
     """What the page loads first: whether it may ask a server, or must load its answers as scripts."""
-    return f"var agentropy = {json.dumps({'live': live, 'format': FORMAT, 'version': __version__})};\n"
+    return f"var agentropy = {json.dumps({'live': live})};\n"
 
 
 class _Guard:

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from ... import __version__
 from ...errors import UsageError
 from ..runs import write_atomically
-from .app import FORMAT, STATIC, mode_script
+from .app import STATIC, mode_script
 from .library import Library
 
 MANIFEST = "agentropy-export.json"
@@ -80,5 +80,5 @@ def _written(folder: Path) -> set[str]:
 
 
 def _write_manifest(folder: Path, files: set[str]) -> None:
-    about = {"format": FORMAT, "version": __version__, "files": sorted(files)}
+    about = {"version": __version__, "files": sorted(files)}
     write_atomically(folder / MANIFEST, json.dumps(about, indent=0).encode())

@@ -2,7 +2,8 @@
 
 - ``pack``: trees as a compressed file and its index, both as bytes. ``StepIndex``: an index.
 - ``load_index``: that of a file of trees, made from the trees where it is missing or of other trees.
-- ``read_entry``: one tree of the file. ``step_files``: the files of a run. ``describe``: the columns of one tree.
+- ``read_entry``: one tree of the file. ``step_file``, ``step_files``: the files of a run. ``describe``: the columns of
+  one tree.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ def step_files(run: Path) -> dict[int, Path]:
     """The files of saved trees by step, in the order of the steps."""
     found = ((_NAME.fullmatch(path.name), path) for path in (run / "trajectories").glob("step-*.jsonl.gz"))
     return dict(sorted((int(match[1]), path) for match, path in found if match))
+
+
+def step_file(run: Path, step: int) -> Path:
+    """Where a run keeps the trees of a step."""
+    return run / "trajectories" / f"step-{step:06d}.jsonl.gz"
 
 
 def index_file(trees: Path) -> Path:

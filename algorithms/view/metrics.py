@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import zlib
 from pathlib import Path
@@ -26,7 +25,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._stamp: tuple[int, ...] = ()
+        self._stamp: tuple[int, ...] | None = None
         self.rows: list[Row] = []
         self._offset = self._checksum = 0
         self._cursors = {NOTHING_READ: 0}
@@ -39,14 +38,16 @@ class MetricsFile:
 
     def refresh(self) -> None:
         """Read what is new. A last line that is still being written waits for the next time."""
-        stamp: tuple[int, ...] = ()
-        data = b""
-        with contextlib.suppress(FileNotFoundError):
+        try:
             status = self._path.stat()
             stamp = (status.st_ino, status.st_size, status.st_mtime_ns)
             if stamp == self._stamp:
                 return
             data = self._path.read_bytes()
+        except FileNotFoundError:
+            stamp, data = None, b""
+        except OSError:  # it may be readable again: what was read of it stays
+            return
         if len(data) < self._offset or zlib.crc32(data[: self._offset]) != self._checksum:
             self.rows, self._offset, self._checksum, self._cursors = [], 0, 0, {NOTHING_READ: 0}
         for line in data[self._offset :].splitlines(keepends=True):

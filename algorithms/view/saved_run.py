@@ -23,9 +23,10 @@ import tomli_w
 from ...agents.tree import Tree
 from ...errors import UsageError
 from ..instruments.alarms import alarms
-from ..instruments.credit import credit_path
+from ..instruments.credit import Credit, credit_path, load_credit
 from ..instruments.law import fit_law
-from .index import COLUMNS, StepIndex, load_index, read_entry, step_files
+from ..runs import TIME_PREFIX, finite
+from .index import COLUMNS, StepIndex, load_index, read_entry, step_file, step_files
 from .metrics import MetricsFile, Row
 from .pieces import Pieces, find_pieces
 from .tree_answer import credit_answer, tree_answer
@@ -53,6 +54,7 @@ class SavedRun:
         self._steps: dict[int, tuple[Stamp, StepIndex | None]] = {}
         """What is known of each file of trees; None where it cannot be read."""
         self._config: tuple[Stamp, str, dict[str, Any]] = ((), "", {})
+        self._credit: tuple[object, Credit | None] = (None, None)
         self._pieces: Pieces | None = None
         self._told: tuple[object, dict[str, Any]] = (None, {})
         self._answers: OrderedDict[str, tuple[object, bytes]] = OrderedDict()
@@ -94,7 +96,7 @@ class SavedRun:
             "trajectories": None if readable is None else sum(sum(index.trajectories) for index in readable),
             "index": None if steps is None else _name(steps),
             "metrics": self._metrics.cursor,
-            "credit": any(credit_path(self.path, step).exists() for step in step_files(self.path)),
+            "credit": any((self.path / "trajectories").glob("step-*.credit.npz")),
         }
 
     def all_keys(self) -> Iterator[str]:
@@ -136,11 +138,11 @@ class SavedRun:
         return None
 
     def _tree(self, step: int, number: int) -> bytes | None:
-        path, key = step_files(self.path).get(step), f"trees/{step}/{number}"
+        path, key = step_file(self.path, step), f"trees/{step}/{number}"
         credit, pieces = credit_path(self.path, step), self._tokenizer()
         for _ in range(2):
-            index = self._require_steps().get(step)
-            if path is None or index is None or not number < len(index):
+            index = self._index_step(step, path, rebuild=True) if path.exists() else None
+            if index is None or not number < len(index):
                 return None
             stamp = (index.check, _stamp(credit), pieces is not None)
             body = self._recall(key, stamp)
@@ -151,7 +153,8 @@ class SavedRun:
                 # Trees of older versions lack fields, and those of newer ones are refused.
                 entry = Tree.from_dict(entry).to_dict()
                 value = {"step": step, "tree": number, **tree_answer(entry, pieces)}
-                return self._keep(key, stamp, encode(value | {"credit": credit_answer(credit, number, entry)}))
+                value["credit"] = credit_answer(self._read_credit(credit), number, entry)
+                return self._keep(key, stamp, encode(value))
             # The step was written anew since its index was read.
         return None
 
@@ -200,25 +203,39 @@ class SavedRun:
     def _index_steps(self, *, rebuild: bool) -> dict[int, StepIndex | None] | None:
         """The index of every step; None where one would have to be made, and ``rebuild`` is off."""
         with self._lock:
-            known, self._steps = self._steps, {}
-            whole = True
-            for step, path in step_files(self.path).items():
-                stamp = _stamp(path)
-                if step in known and known[step][0] == stamp:
-                    self._steps[step] = known[step]
-                    continue
-                try:
-                    index = load_index(path, rebuild=rebuild)
-                except UsageError:
-                    self._steps[step] = (stamp, None)
-                    continue
-                if index is None:
-                    whole = False
-                else:
-                    self._steps[step] = (stamp, index)
-                    if rebuild:
-                        self._told = (None, {})  # Its trajectories may be counted from now on.
+            files = step_files(self.path)
+            for step, path in files.items():
+                self._index_step(step, path, rebuild=rebuild)
+            self._steps = {step: self._steps[step] for step in files if step in self._steps}
+            whole = len(self._steps) == len(files)
             return {step: index for step, (_, index) in self._steps.items()} if whole else None
+
+    def _index_step(self, step: int, path: Path, *, rebuild: bool) -> StepIndex | None:
+        """The index of one step; None where the file cannot be read, and where it would have to be made."""
+        stamp = _stamp(path)
+        if step in self._steps and self._steps[step][0] == stamp:
+            return self._steps[step][1]
+        self._steps.pop(step, None)
+        try:
+            index = load_index(path, rebuild=rebuild)
+        except UsageError:
+            self._steps[step] = (stamp, None)
+            return None
+        if index is not None:
+            self._steps[step] = (stamp, index)
+            if rebuild:
+                self._told = (None, {})  # Its trajectories may be counted from now on.
+        return index
+
+    def _read_credit(self, path: Path) -> Credit | None:
+        """The newest one is kept: trees of a step are asked for one after another."""
+        stamp = (str(path), _stamp(path))
+        if self._credit[0] != stamp:
+            try:
+                self._credit = (stamp, load_credit(path))
+            except (FileNotFoundError, UsageError):
+                self._credit = (stamp, None)
+        return self._credit[1]
 
     def _require_steps(self) -> dict[int, StepIndex | None]:
         steps = self._index_steps(rebuild=True)
@@ -248,7 +265,7 @@ class SavedRun:
     def _updated(self) -> float | None:
         """When its files last changed, in seconds since 1970."""
         places = ("metrics.jsonl", "trajectories", "checkpoints", "evaluations")
-        times = [_stamp(self.path / place)[-1] for place in places if (self.path / place).exists()]
+        times = [stamp[-1] for place in places if (stamp := _stamp(self.path / place))]
         return max(times, default=0) / 1e9 or None
 
     def _live(self, done: int, total: Any, updated: float | None) -> bool:
@@ -259,7 +276,7 @@ class SavedRun:
             return False
         last = rows[-1] if rows else {}
         took = sum(
-            v for k, v in last.items() if k.startswith("time/") and "seconds" in k and isinstance(v, int | float)
+            v for k, v in last.items() if k.startswith(TIME_PREFIX) and "seconds" in k and isinstance(v, int | float)
         )
         return time.time() - updated < max(_QUIET_SECONDS, _QUIET_STEPS * took)
 
@@ -269,15 +286,7 @@ def encode(value: Any) -> bytes:
     try:
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
     except ValueError:
-        return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False).encode()
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return json.dumps(finite(value), separators=(",", ":"), allow_nan=False).encode()
 
 
 def _columns(steps: Mapping[int, StepIndex | None]) -> dict[str, Any]:

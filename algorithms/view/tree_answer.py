@@ -7,16 +7,13 @@
 from __future__ import annotations
 
 import base64
-import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import UsageError
-from ..instruments.credit import load_credit
+from ..instruments.credit import Credit
 from .index import describe
 from .pieces import Pieces
 
@@ -58,11 +55,9 @@ def tree_answer(entry: Mapping[str, Any], pieces: Pieces | None) -> dict[str, An
     }
 
 
-def credit_answer(path: Path, number: int, entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The rows of tree ``number`` in a step's credit; None without a file, or where it is of other trees."""
-    try:
-        credit = load_credit(path)
-    except (FileNotFoundError, UsageError, EOFError, zlib.error):
+def credit_answer(credit: Credit | None, number: int, entry: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The rows of tree ``number`` in a step's credit; None without any, or where it is of other trees."""
+    if credit is None:
         return None
     answer = []
     for row in np.flatnonzero(credit.tree == number).tolist():

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +25,7 @@ from ...algorithms.instruments.support import pass_at_k, pass_hat_k
 from ...algorithms.stats import panel_hash
 from ...errors import UsageError
 from . import statistics
-from .grid import Cell, EnvironmentEntry, Grid, RecipeEntry, cells, starts, to_toml
+from .grid import Cell, EnvironmentEntry, Grid, RecipeEntry, cells, to_toml
 from .results import Evaluation, Run, read_evaluations, read_run
 
 Floats = NDArray[np.float64]
@@ -37,15 +37,15 @@ TARGET_RISE = 0.1
 """Above the start's success: the target, where the grid names none."""
 
 
-def analyse(grid: Grid, folder: Path, machine: Mapping[str, Any], *, seed: int = 0) -> Report:
+def analyse(grid: Grid, folder: Path, machine: Mapping[str, Any]) -> Report:
     """The report of what is finished of a grid in ``folder``.
 
-    Every interval is drawn by a generator of ``seed``, so equal runs give equal reports.
+    Every interval is drawn by a generator of one seed, so equal runs give equal reports.
 
     Raises:
         UsageError: nothing is finished, or runs of one panel were evaluated on different tasks or steps.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     planned = cells(grid, folder)
     finished = [cell for cell in planned if cell.done]
     if not finished:
@@ -77,17 +77,16 @@ def _environment(
     grid: Grid, folder: Path, entry: EnvironmentEntry, finished: Sequence[Cell], rng: np.random.Generator
 ) -> Report:
     splits = list(entry.panels.values())
-    before = {cell.seed: cell.folder for cell in starts(grid, folder) if cell.environment.title == entry.title}
+    begun = {cell.start.folder for cell in finished if cell.start is not None}
+    first = {start: {split: read_evaluations(start, split) for split in splits} for start in begun}
     # In the order of the grid, whatever is finished.
     runs: dict[str, list[Run]] = {recipe.title: [] for recipe in grid.recipe}
     for cell in finished:
         assert cell.recipe is not None
         run = read_run(cell.folder, cell.seed, splits)
-        start = before.get(cell.seed if grid.warm_start.per == "seed" else grid.warm_start.seed)
-        if start is not None:
-            first = {split: read_evaluations(start, split) for split in splits}
-            whole = {split: (*first[split], *run.evaluations[split]) for split in splits}
-            run = Run(run.folder, run.seed, whole, run.train, run.costs)
+        if cell.start is not None:
+            before = first[cell.start.folder]
+            run = replace(run, evaluations={split: (*before[split], *run.evaluations[split]) for split in splits})
         runs[cell.recipe.title].append(run)
     runs = {title: each for title, each in runs.items() if each}
     panels = [_panel(grid, entry, kind, split, runs, rng) for kind, split in entry.panels.items()]
@@ -221,18 +220,19 @@ def _comparisons(
 
 
 def _adjust(environments: Sequence[Report]) -> None:
-    """Correct all comparisons of the report together, and say which of them tell two recipes apart."""
+    """Correct all comparisons of the report together, and say which of them tell two recipes apart. Those of one seed,
+    which have no test, are not among them."""
     every = [entry for each in environments for panel in each["panels"] for entry in panel["comparisons"]]
-    for entry, q in zip(every, statistics.adjust([entry["p"] for entry in every]), strict=True):
-        interval = entry["difference"]
+    for entry in every:
+        entry |= {"q": 1.0, "differs": False, "smallest_effect": {"alone": None, "among_all": None}}
+    tested = [entry for entry in every if entry["deviation"] is not None]
+    for entry, q in zip(tested, statistics.adjust([entry["p"] for entry in tested]), strict=True):
         entry["q"] = q
-        entry["differs"] = statistics.differs(q, statistics.Interval(**interval))
-        deviation = entry["deviation"]
-        smallest = [
-            None if deviation is None else statistics.smallest_effect(deviation, entry["seeds"], number)
-            for number in (1, len(every))
-        ]
-        entry["smallest_effect"] = {"alone": smallest[0], "among_all": smallest[1]}
+        entry["differs"] = statistics.differs(q, statistics.Interval(**entry["difference"]))
+        entry["smallest_effect"] = {
+            name: statistics.smallest_effect(entry["deviation"], entry["seeds"], number)
+            for name, number in (("alone", 1), ("among_all", len(tested)))
+        }
 
 
 def _training(recipe: RecipeEntry, folder: Path, runs: Sequence[Run]) -> Report:
@@ -241,7 +241,7 @@ def _training(recipe: RecipeEntry, folder: Path, runs: Sequence[Run]) -> Report:
     # None where it was not finite.
     entropies = np.array([[row["entropy/action_mean"] for row in run.train] for run in runs], np.float64)
     known = [number for number in range(len(steps)) if np.isfinite(entropies[:, number]).all()]
-    spent = [run.costs[-1] for run in runs if run.costs]
+    spent = [run.costs[-1] for run in runs]
     return {
         "recipe": recipe.title,
         "name": recipe.name,

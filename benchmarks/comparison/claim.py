@@ -38,7 +38,6 @@ def claim(grid: Grid, folder: Path, planned: Sequence[Cell], *, report_only: boo
                 "recipe or environment another label, or choose another --out"
             )
     if not report_only:
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, to_toml(grid).encode())
 
 
@@ -61,13 +60,14 @@ def starts_are_whole(before: Sequence[Cell], runs: Sequence[Cell]) -> None:
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """While this lasts, no other process may run the grid of ``folder``.
+    """While this lasts, no other process may run the grid of ``folder``, which is made if there is none.
 
     Raises:
         UsageError: one does.
     """
     import fcntl
 
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w", encoding="utf-8") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

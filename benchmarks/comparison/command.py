@@ -27,11 +27,8 @@ def main(arguments: argparse.Namespace) -> int:
         UsageError: the grid, or the configuration of one of its runs, is wrong, or the folder is not for it; nothing
             has been started by then.
     """
-    grid = load_grid(arguments.config, arguments.overrides)
-    if arguments.jobs is not None:
-        if arguments.jobs < 1:
-            raise UsageError(f"--jobs is {arguments.jobs}; expected 1 or more")
-        grid.resources.jobs = arguments.jobs
+    jobs = [] if arguments.jobs is None else [f"resources.jobs={arguments.jobs}"]
+    grid = load_grid(arguments.config, [*arguments.overrides, *jobs])
     # Absolute: on a cluster, runs start in other folders.
     folder = Path(arguments.out or Path("runs") / f"bench-{grid.name}").absolute()
     before, runs = starts(grid, folder), cells(grid, folder)
@@ -43,12 +40,13 @@ def main(arguments: argparse.Namespace) -> int:
     from .claim import alone, claim, starts_are_whole
     from .report import remember_machine, write_report
 
-    if not arguments.report:
-        check_recipes(runs)
-    claim(grid, folder, [*before, *runs], report_only=arguments.report)
     failed: dict[str, Outcome] = {}
-    if not arguments.report:
+    if arguments.report:
+        claim(grid, folder, [*before, *runs], report_only=True)
+    else:
+        check_recipes(runs)
         with alone(folder):
+            claim(grid, folder, [*before, *runs], report_only=False)
             starts_are_whole(before, runs)
             remember_machine(folder)
             _list(console, grid, before, runs)
@@ -73,7 +71,7 @@ def _run(
 
 
 def check_recipes(runs: list[Cell]) -> None:
-    """Compose every recipe once, so that a wrong option is found before anything is spent.
+    """Compose the recipe of every run, so that a wrong option is found before anything is spent.
 
     Raises:
         UsageError: a recipe, preset or option is unknown, or they contradict each other; the message names the run.

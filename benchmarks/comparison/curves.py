@@ -48,11 +48,13 @@ def curves(baseline: str, environment: Report) -> Iterator[Gallery]:
                 _against(baseline, panel, "▲ pass@k: at least one of k episodes wins. ▼ pass^k: all of them."),
                 _repeats(baseline, panel),
             )
-    yield Gallery(
-        "Entropy while training",
-        _against(baseline, environment, "Nats a sampled token. Bands: lowest to highest run. ▼ above: an alarm."),
-        _entropies(baseline, environment),
-    )
+    entropies = _entropies(baseline, environment)
+    if entropies:
+        yield Gallery(
+            "Entropy while training",
+            _against(baseline, environment, "Nats a sampled token. Bands: lowest to highest run. ▼ above: an alarm."),
+            entropies,
+        )
     laws = list(_laws(environment))
     if laws:
         yield Gallery(
@@ -178,7 +180,7 @@ def _entropies(baseline: str, environment: Report) -> list[Figure]:
 
 def _laws(environment: Report) -> Iterator[Figure]:
     """Success against entropy where the fit has a slope; all of one range."""
-    fitted = [each for each in environment["recipes"] if each["law"] and each["law"]["a"]]
+    fitted = [each for each in environment["recipes"] if each["law"] and each["law"]["a"] and each["entropy"]]
     if not fitted:
         return
     heights = [entry["value"] for each in fitted for entry in each["entropy"]]

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...algorithms.runs import evaluation_files, read_rows
 from ...errors import UsageError
 
 Floats = NDArray[np.float64]
@@ -80,8 +80,7 @@ def read_run(folder: Path, seed: int, splits: Sequence[str]) -> Run:
     Raises:
         UsageError: an evaluation is missing or cannot be read.
     """
-    rows = _rows(folder / "metrics.jsonl")
-    train = tuple(row for row in rows if row["phase"] == "train")
+    train = tuple(row for row in read_rows(folder / "metrics.jsonl") if row["phase"] == "train")
     spent, costs = Costs(), []
     for row in train:
         spent = Costs(
@@ -101,10 +100,7 @@ def read_evaluations(folder: Path, split: str) -> tuple[Evaluation, ...]:
         UsageError: there is none, or one cannot be read.
     """
     found = []
-    # Other splits may end alike, such as test and hard-test.
-    named = re.compile(rf"step-\d+-{re.escape(split.replace('/', '_'))}\.json")
-    paths = (path for path in (folder / "evaluations").glob("step-*.json") if named.fullmatch(path.name))
-    for path in sorted(paths):
+    for path in evaluation_files(folder, split):
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             won, turns = np.array(data["won"], np.float64), np.array(data["turns"], np.float64)
@@ -114,8 +110,3 @@ def read_evaluations(folder: Path, split: str) -> tuple[Evaluation, ...]:
     if not found:
         raise UsageError(f"'{folder}' has no evaluation on {split}")
     return tuple(found)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]

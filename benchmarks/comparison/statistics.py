@@ -21,13 +21,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import optimize, stats
 
+from ...algorithms.stats import Proportion
+
 Floats = NDArray[np.float64]
 
 RESAMPLES = 4999
 ALPHA = 0.05
 """Share of comparisons of equals that may come out as different."""
 POWER = 0.8
-ROUNDING = 1e-12
+DIGITS = 12
+ROUNDING = 10.0**-DIGITS
 """Rates that differ by less are the same rate."""
 
 
@@ -83,10 +86,9 @@ def rate_interval(won: ArrayLike, rng: np.random.Generator) -> Interval:
     many trials as tasks."""
     table = np.asarray(won, np.float64)
     value, tasks = float(table.mean()), table.shape[1]
-    if np.ptp(table) > 0 or value not in (0.0, 1.0):
+    if 0 < value < 1:
         return crossed_interval(table, rng)
-    found = stats.binomtest(round(value * tasks), tasks).proportion_ci(1 - ALPHA, method="wilson")
-    return Interval(value, float(found.low), float(found.high))
+    return Interval(value, *Proportion(round(value) * tasks, tasks).interval)
 
 
 def compare(scores: ArrayLike, baseline: ArrayLike, rng: np.random.Generator) -> Comparison:
@@ -104,9 +106,10 @@ def compare(scores: ArrayLike, baseline: ArrayLike, rng: np.random.Generator) ->
         else:
             deviation = 0.0
             p = 2.0 ** (1 - seeds) if abs(by_seed[0]) > ROUNDING else 1.0
-    return Comparison(
-        crossed_interval(ours - theirs, rng), p, improvement(ours.mean(1), theirs.mean(1), rng), deviation, seeds
-    )
+    difference = crossed_interval(ours - theirs, rng)
+    # Runs that won equally often are a tie, in whatever order their episodes are added up.
+    better = improvement(ours.mean(1).round(DIGITS), theirs.mean(1).round(DIGITS), rng)
+    return Comparison(difference, p, better, deviation, seeds)
 
 
 def differs(q: float, difference: Interval) -> bool:

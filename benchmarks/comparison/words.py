@@ -149,6 +149,7 @@ def machine(described: Report) -> str:
     parts = [
         described.get("cpu"),
         plural(described["usable_cores"], "core") if described.get("usable_cores") else None,
+        described.get("gpu"),
         f"Python {described['python']}" if described.get("python") else None,
         *(f"{name} {version}" for name, version in packages.items() if name in ("agentropy", "torch") and version),
         f"commit {described['git_commit']}" if described.get("git_commit") else None,

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from agentropy.algorithms.runs import evaluation_path
 from agentropy.algorithms.stats import Proportion, panel_hash
 from agentropy.benchmarks.comparison.grid import Cell, Grid, cells, starts
 from agentropy.config import to_toml
@@ -192,7 +193,7 @@ def _evaluate(
             "turns": turns.tolist(),
             "score": won.astype(float).tolist(),
         }
-        path = cell.folder / "evaluations" / f"step-{step:06d}-{split.replace('/', '_')}.json"
+        path = evaluation_path(cell.folder, step, split)
         path.write_text(json.dumps(found), encoding="utf-8")
         success = Proportion(int(won[:, 0].sum()), len(tasks))
         low, high = success.interval

@@ -9,6 +9,7 @@ import pytest
 from agentropy.benchmarks.comparison.analysis import analyse
 from agentropy.benchmarks.comparison.grid import cells, starts
 from agentropy.benchmarks.comparison.markdown import markdown
+from agentropy.benchmarks.comparison.page import page
 from agentropy.benchmarks.comparison.results import read_evaluations
 from agentropy.errors import UsageError
 from tests.benchmarks.fabricate import MACHINE, fabricate, make_grid
@@ -136,6 +137,34 @@ def test_a_step_whose_entropy_is_unknown_is_left_out(three):
     grpo, epo = report["environments"][0]["recipes"]
     assert [each["step"] for each in grpo["entropy"]] == [each["step"] for each in grpo["success"]] == [1, 2, 4, 5, 6]
     assert len(epo["entropy"]) == 6
+
+
+def test_a_run_without_entropies_costs_no_report(three):
+    grid, folder = three
+    for cell in cells(grid, folder)[:1]:
+        metrics = cell.folder / "metrics.jsonl"
+        lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+        lines = [row | ({"entropy/action_mean": None} if row["phase"] == "train" else {}) for row in lines]
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    report = analyse(grid, folder, MACHINE)
+    grpo, epo = report["environments"][0]["recipes"]
+    assert not grpo["entropy"] and epo["entropy"]
+    assert "Entropy while training" in page(report)
+    for each in (grpo, epo):
+        each["entropy"] = each["success"] = []
+    assert "Entropy while training" not in page(report)
+
+
+def test_what_has_no_test_is_not_corrected_for(tmp_path):
+    """While a grid is half finished, comparisons of one seed make the others no less sure."""
+    grid = make_grid(("grpo", "epo", "arpo", "aepo"), seeds=3, panels=1, tasks=16)
+    single = [f"{name}, alfworld, seed {seed}" for name in ("arpo", "aepo") for seed in (1, 2)]
+    fabricate(grid, tmp_path, np.random.default_rng(0), unfinished=single)
+    (panel,) = analyse(grid, tmp_path, MACHINE)["environments"][0]["panels"]
+    epo, arpo, aepo = panel["comparisons"]
+    assert epo["q"] == epo["p"] and epo["smallest_effect"]["alone"] == epo["smallest_effect"]["among_all"] > 0
+    for each in (arpo, aepo):
+        assert (each["seeds"], each["q"], each["differs"]) == (1, 1.0, False)
 
 
 @pytest.mark.parametrize("per", ["environment", "seed"])

@@ -132,6 +132,14 @@ def test_two_processes_cannot_run_one_folder(tmp_path):
         pass
 
 
+def test_who_is_refused_does_not_claim_the_folder(small, held, capsys):
+    before = (held / "grid.toml").read_bytes()
+    with alone(held):
+        assert bench(changed(small, last=1), held) == 2
+    assert "another process is running the comparison" in " ".join(capsys.readouterr().err.split())
+    assert (held / "grid.toml").read_bytes() == before
+
+
 def test_a_start_that_fails_stops_its_own_environment_alone(tmp_path, monkeypatch, capsys):
     grid = make_grid(("grpo", "epo"), seeds=1, environments=("alfworld", "textworld"), panels=1, tasks=8)
     whole = tmp_path / "whole"

@@ -113,6 +113,7 @@ def test_rounding_is_no_difference():
     noise = np.where(np.arange(SEEDS) % 2, 1e-16, 2e-16)[:, None]
     result = statistics.compare(table + noise, table, np.random.default_rng(0))
     assert (result.p, result.deviation) == (1.0, 0.0)
+    assert result.improvement.value == 0.5
 
 
 @given(st.lists(st.integers(0, 4), min_size=2, max_size=6), st.lists(st.integers(0, 4), min_size=2, max_size=6))
