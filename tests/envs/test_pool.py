@@ -520,9 +520,13 @@ def test_no_worker_survives_its_parent(blow: signal.Signals, thread: bool) -> No
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
-    workers = children(parent.pid)
-    assert len(workers) == 2
-    parent.send_signal(blow)
-    parent.communicate(timeout=20)
-    assert gone(workers)
+    try:
+        assert parent.stdout is not None and parent.stdout.readline() == "ready\n"
+        workers = children(parent.pid)
+        assert len(workers) == 2
+        parent.send_signal(blow)
+        parent.communicate(timeout=20)
+        assert gone(workers)
+    finally:
+        parent.kill()
+        parent.communicate()
