@@ -44,27 +44,6 @@
     return { path, query: new URLSearchParams(query) };
   }
 
-  // An address within the page; query is an object, or pairs where a name occurs several times.
-  agentropy.link = (parts, query = {}) => {
-    const pairs = Array.isArray(query) ? query : Object.entries(query);
-    const search = new URLSearchParams(
-      pairs.filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== false),
-    ).toString();
-    return "#/" + parts.map(encodeURIComponent).join("/") + (search ? "?" + search : "");
-  };
-
-  // The address follows what is shown, without a new entry in the history.
-  agentropy.remember = (parts, query) => {
-    const hash = agentropy.link(parts, query);
-    if (hash !== location.hash) history.replaceState(null, "", hash);
-  };
-
-  agentropy.findRun = (runs, id) => {
-    const run = runs.find((one) => one.id === id);
-    if (!run) throw Object.assign(new Error(`there is no run '${id}' here`), { status: 404 });
-    return run;
-  };
-
   function failed(error) {
     const offline = error.status === 0;
     return h(
@@ -101,6 +80,7 @@
     try {
       if (!found) throw Object.assign(new Error("this address names nothing that the page can show"), { status: 404 });
       const runs = await agentropy.runs();
+      growing ||= grows(runs);
       view = await found[1]()({ runs, ids: found[0].slice(1).map(decodeURIComponent), query });
     } catch (error) {
       if (!error.status && error.status !== 0) console.error(error);
@@ -128,20 +108,23 @@
     schedule();
   }
 
-  // Only a run under way is asked for more, and only while somebody looks.
+  // More may come: a run is under way, or there is none yet.
+  const grows = (runs) => !runs.length || runs.some((run) => run.live);
+
+  // Only what grows is asked for more, and only while somebody looks.
   function schedule() {
     clearTimeout(polled);
     if (agentropy.live) polled = setTimeout(poll, 2000);
   }
 
-  let wasLive = true;
+  let growing = true;
 
   async function poll() {
-    if (document.hidden || !wasLive) return;
+    if (document.hidden || !growing) return;
     try {
       const runs = await agentropy.runs();
-      wasLive = runs.some((run) => run.live);
-      pulse.hidden = !wasLive;
+      growing = grows(runs);
+      pulse.hidden = !runs.some((run) => run.live);
       trouble.hidden = true;
       if (current && current.refresh) await current.refresh(runs);
     } catch (error) {
@@ -153,7 +136,7 @@
   }
 
   document.addEventListener("visibilitychange", () => {
-    wasLive = true;
+    growing = true;
     if (!document.hidden && agentropy.live) poll();
   });
 

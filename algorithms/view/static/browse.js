@@ -2,8 +2,7 @@
 "use strict";
 
 (function (agentropy) {
-  const { h, number, notice } = agentropy;
-  const link = (...given) => agentropy.link(...given);
+  const { h, link, number, notice } = agentropy;
 
   const COLUMNS = [
     { name: "step", label: "Step", about: "training step" },
@@ -21,7 +20,7 @@
 
   function filters(query, many, runs) {
     const initial = (name) => query.get(name) || "";
-    const field = (name, label, width, extra = {}) =>
+    const field = (name, label) =>
       h("input", {
         type: "number",
         step: "any",
@@ -30,9 +29,10 @@
         "aria-label": label,
         placeholder: label.split(" ")[1],
         value: initial(name),
-        class: width,
-        ...extra,
+        class: "short",
       });
+    const range = (name, low, high) =>
+      h("span", { class: "range" }, `${name} `, field(low, `${name} from`), " to ", field(high, `${name} to`));
     const search = h("input", {
       type: "search",
       name: "q",
@@ -74,22 +74,8 @@
       },
       search,
       result,
-      h(
-        "span",
-        { class: "range" },
-        "Return ",
-        field("low", "Return from", "short"),
-        " to ",
-        field("high", "Return to", "short"),
-      ),
-      h(
-        "span",
-        { class: "range" },
-        "Step ",
-        field("from", "Step from", "short"),
-        " to ",
-        field("to", "Step to", "short"),
-      ),
+      range("Return", "low", "high"),
+      range("Step", "from", "to"),
       h("label", { class: "tick-box" }, forks, " with forks"),
       many && choice("recipe", "Every recipe", recipes.map((one) => [one, one])),
       many && choice("run", "Every run", runs.map((run) => [run.id, run.name])),
@@ -160,8 +146,8 @@
 
   agentropy.browseView = async ({ runs, ids, query }) => {
     const many = !ids.length, chosen = many ? runs : [agentropy.findRun(runs, ids[0])];
-    const sources = [];
-    for (const run of chosen) sources.push({ run, index: await agentropy.index(run) });
+    const load = (those) => Promise.all(those.map(async (run) => ({ run, index: await agentropy.index(run) })));
+    let sources = await load(chosen), left = false;
     let rows = agentropy.tableOf(sources), filter = null, seen = [], active = 0, height = 0;
     const drawn = new Map();
     const sort = {
@@ -224,6 +210,8 @@
 
     // grown: there are more rows than before. Otherwise what is asked for may be what is shown already.
     function apply(grown) {
+      // What was typed last may come due after the list was left; the address is then another's.
+      if (left) return;
       const asked = { ...read(), sort: sort.name, down: sort.down };
       if (!grown && JSON.stringify(asked) === JSON.stringify(filter)) return;
       filter = asked;
@@ -343,7 +331,7 @@
         form.querySelector("input[type=radio]").checked = true;
         apply();
       }));
-    const observer = new ResizeObserver(() => seen && measure());
+    const observer = new ResizeObserver(measure);
     document.addEventListener("agentropy:theme", onTheme);
 
     empty.append(
@@ -383,14 +371,16 @@
       ),
       keys: { "/": () => (search.focus(), search.select()), ...(rows.size ? moves : {}) },
       shown: () => (observer.observe(scroller), apply()),
-      leave: () => (observer.disconnect(), document.removeEventListener("agentropy:theme", onTheme)),
+      leave: () => ((left = true), observer.disconnect(), document.removeEventListener("agentropy:theme", onTheme)),
       refresh: async (now) => {
         const next = now.filter((run) => many || run.id === ids[0]);
         const same = (run, at) => sources[at] && sources[at].run.id === run.id && sources[at].run.index === run.index;
         if (next.length === sources.length && next.every(same)) return;
-        sources.length = Math.min(sources.length, next.length);
-        for (const [at, run] of next.entries()) sources[at] = { run, index: await agentropy.index(run) };
+        const found = await load(next);
+        if (left) return;
         if (!rows.size) return location.reload();
+        // A new list: rows that are drawn meanwhile read the one that they were made of.
+        sources = found;
         rows = agentropy.tableOf(sources);
         apply(true);
       },

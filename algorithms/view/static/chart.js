@@ -112,8 +112,9 @@
     observer.observe(host);
   }
 
-  // series: [{label, colour, x, y, low, high, points, rungs}]; colour names a custom property.
-  function chart({ title, series, group = "steps", height = 170, domain = null, format = brief, note = "" }) {
+  // series: [{label, colour, x, y, low, high, points}]; colour names a custom property.
+  function chart({ title, series, group = "steps", domain = null, format = brief }) {
+    const height = 170;
     const drawn = series.filter((one) => one.x.length);
     const reading = h("span", { class: "reading" }), when = h("span", { class: "when faint" });
     const plot = h("div", { class: "plot", tabindex: "0", role: "img" });
@@ -122,7 +123,6 @@
       { class: drawn.length > 1 ? "chart several" : "chart", "data-metric": title },
       h("figcaption", {}, h("span", { class: "chart-title", text: title }), when, reading),
       plot,
-      note && h("p", { class: "chart-note", text: note }),
     );
     if (!drawn.length) {
       plot.replaceChildren(h("p", { class: "faint", text: "No numbers yet." }));
@@ -242,11 +242,12 @@
     return figure;
   }
 
-  function sparkline({ series, domain = null, width = 200, height = 46, label }) {
+  function sparkline({ series, domain, label }) {
+    const width = 200, height = 46;
     const drawn = series.filter((one) => one.x.length);
     if (!drawn.length) return h("span", { class: "faint", text: "no numbers yet" });
     const [first, last] = extent(drawn.map((one) => one.x));
-    const [low, high] = domain || padded(extent(drawn.flatMap((one) => [one.y, one.low, one.high])) || [0, 1]);
+    const [low, high] = domain;
     const px = (x) => 4 + ((x - first) / (last - first || 1)) * (width - 8);
     const py = (y) => height - 4 - ((y - low) / (high - low || 1)) * (height - 8);
     const image = svg("svg", {
@@ -272,7 +273,8 @@
   }
 
   // points: [[x, y]]; fit: y as a function of x, or null.
-  function scatter({ title, points, fit, xLabel, note, height = 220 }) {
+  function scatter({ title, points, fit, xLabel, note }) {
+    const height = 220;
     const plot = h("div", { class: "plot", role: "img", "aria-label": `${title}. ${note}` });
     const xDomain = padded(extent([points.map((one) => one[0])])),
       yDomain = padded(extent([points.map((one) => one[1])]));
@@ -297,7 +299,8 @@
   }
 
   // rows: one list of numbers a step; columns of the picture are steps, rows are places in the list.
-  function heatmap({ title, x, rows, label, note, height = 170 }) {
+  function heatmap({ title, x, rows, label, note }) {
+    const height = 170;
     const reading = h("span", { class: "reading" });
     const plot = h("div", { class: "plot", role: "img", "aria-label": `${title}. ${note}` });
     const depth = Math.max(...rows.map((row) => (row || []).length));

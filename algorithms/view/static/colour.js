@@ -78,11 +78,6 @@
     },
   };
 
-  const theme = () => {
-    const chosen = document.documentElement.dataset.theme;
-    return chosen || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
-  };
-
   // Where a number lies on its scale, 0 to 1; what is beyond the domain takes the colour of its end.
   function position(measure, value, domain) {
     const [low, high] = domain;
@@ -101,7 +96,7 @@
   // The colour of a number, or "" where there is none.
   function colour(measure, value, domain) {
     if (value === null || value === undefined || Number.isNaN(value)) return "";
-    return between(STOPS[measure][theme()], position(measure, value, domain));
+    return between(STOPS[measure][agentropy.theme()], position(measure, value, domain));
   }
 
   // Ends of a scale for these numbers: round, the same for all of a tree, and not stretched by one stray token.
@@ -113,9 +108,9 @@
   }
 
   const gradient = (measure) => {
-    const stops = STOPS[measure][theme()];
+    const stops = STOPS[measure][agentropy.theme()];
     return `linear-gradient(to right, ${(measure === "logprob" ? [...stops].reverse() : stops).join(", ")})`;
   };
 
-  Object.assign(agentropy, { STOPS, MEASURES, theme, position, colour, domainOf, gradient });
+  Object.assign(agentropy, { STOPS, MEASURES, colour, domainOf, gradient });
 })(window.agentropy);

@@ -2,8 +2,7 @@
 "use strict";
 
 (function (agentropy) {
-  const { h, percent, number, MEASURES } = agentropy;
-  const link = (...given) => agentropy.link(...given);
+  const { h, link, percent, number, MEASURES } = agentropy;
   const SIDES = [{ sign: "A", colour: "--first", held: ["--first", "--first"] }, {
     sign: "B",
     colour: "--second",
@@ -24,54 +23,34 @@
       a[name] !== b[name] && name !== "run_dir"
     ).sort();
     if (!names.length) return h("p", { class: "faint", text: "The configurations are equal." });
-    return h(
-      "div",
-      { class: "sideways", tabindex: "0", role: "region", "aria-label": "Configuration that differs" },
-      h(
-        "table",
-        { class: "numbers settings" },
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            h("th", { scope: "col", text: "setting" }),
-            SIDES.map((side) => h("th", { scope: "col", text: side.sign })),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          names.map((name) =>
-            h(
-              "tr",
-              {},
-              h("th", { scope: "row", text: name }),
-              [a, b].map((one) => h("td", { text: one[name] ?? "not set" })),
-            )
-          ),
-        ),
-      ),
+    return agentropy.table(
+      "Configuration that differs",
+      ["setting", ...SIDES.map((side) => side.sign)],
+      names.map((name) => [name, ...[a, b].map((one) => one[name] ?? "not set")]),
+      "settings",
     );
   }
 
-  // How often each was better on the same held-out tasks, at the last step and split that both were evaluated at.
+  // How often each was better on the same held-out tasks, at the last step and split at which both played some.
   function paired(evaluations) {
-    const key = (one) => `${one.split} ${one.panel} ${one.step}`;
-    const [a, b] = evaluations, last = [...a].reverse().find((one) => b.some((other) => key(other) === key(one)));
+    const [a, b] = evaluations.map((list) => list.filter((one) => one.tasks && one.won));
+    const both = (one) => {
+      const other = b.find((two) => two.step === one.step && two.split === one.split);
+      const places = new Map(other ? other.tasks.map((task, place) => [task, place]) : []);
+      const shared = one.tasks.map((task, at) => [at, places.get(task)]).filter(([, place]) => place !== undefined);
+      return shared.map(([at, place]) => [one.won[at], other.won[place]]);
+    };
+    const last = [...a].reverse().find((one) => both(one).length);
     if (!last) return "";
-    const other = b.find((one) => key(one) === key(last)), counts = { A: 0, B: 0, won: 0, lost: 0 };
-    last.tasks.forEach((task, at) => {
-      const place = other.tasks.indexOf(task);
-      if (place < 0) return;
-      const [x, y] = [last.won[at], other.won[place]].map((won) => agentropy.mean(won.map(Number)));
+    const shared = both(last), counts = { A: 0, B: 0, won: 0, lost: 0 };
+    for (const pair of shared) {
+      const [x, y] = pair.map((won) => agentropy.mean(won.map(Number)));
       counts[x > y ? "A" : y > x ? "B" : x > 0 ? "won" : "lost"]++;
-    });
+    }
     return h(
       "p",
       { class: "paired" },
-      `Of the same ${last.tasks.length} tasks of ${
+      `Of the same ${agentropy.count(shared.length, "task")} of ${
         last.split.replaceAll("_", " ")
       } after step ${last.step}, A is better on `,
       h("b", { text: counts.A }),
@@ -106,10 +85,8 @@
   // Rows of turns, a cell each side: what happened at the same turn is beside each other whatever its length.
   async function panes(host, runs, picks, state) {
     const trees = await Promise.all(picks.map((one, side) => agentropy.treeOf(runs[side], one.step, one.tree)));
-    const parts = trees.map((tree, side) =>
-      agentropy.turnsOf(tree, picks[side].trajectory).filter((part) => part.act !== null)
-    );
     const all = trees.map((tree, side) => agentropy.turnsOf(tree, picks[side].trajectory));
+    const parts = all.map((turns) => turns.filter((part) => part.act !== null));
     const cell = (side, content) =>
       h("div", { class: `pane pane-${SIDES[side].sign}`, "data-side": String(side) }, content);
     const end = (side) => agentropy.ending(trees[side].trajectories[picks[side].trajectory]);
@@ -165,11 +142,14 @@
 
   agentropy.compareView = async ({ runs: all, ids, query }) => {
     let runs = ids.map((id) => agentropy.findRun(all, id));
-    const [metrics, indexes, configs] = await Promise.all([
-      Promise.all(runs.map(agentropy.metrics)),
+    const numbersOf = (those) =>
+      Promise.all([Promise.all(those.map(agentropy.metrics)), Promise.all(those.map(agentropy.evaluations))]);
+    let [[metrics, evaluations], indexes, configs] = await Promise.all([
+      numbersOf(runs),
       Promise.all(runs.map((run) => agentropy.index(run).catch(() => null))),
       Promise.all(runs.map((run) => agentropy.config(run).catch(() => null))),
     ]);
+    const versus = h("div", { class: "versus" }), verdict = h("div");
     const charts = h("div", { class: "charts" }),
       host = h("div", { class: "panes" }),
       picker = h("div", { class: "picker" });
@@ -180,7 +160,7 @@
       task: query.get("task") || "",
       place: 0,
     };
-    let shown = null, picks = null, shows = 0;
+    let shown = null, picks = null, shows = 0, left = false;
     const missing = (
       measure,
     ) => (shown && !shown.domain[measure]
@@ -217,23 +197,20 @@
     function drawCharts() {
       const rows = metrics.map((one) => one.rows);
       const both = agentropy.DEFAULTS.filter((name) => rows.some((own) => agentropy.seriesOf(own, name).length));
-      charts.replaceChildren(
-        ...both.map((name) =>
+      agentropy.redraw(charts, () =>
+        both.map((name) =>
           agentropy.curve(
             name,
             SIDES.flatMap((side, at) =>
               agentropy.seriesOf(rows[at], name, { label: side.sign, colour: side.colour, held: side.held })
             ),
           )
-        ),
-      );
+        ));
     }
 
-    function head() {
-      return h(
-        "div",
-        { class: "versus" },
-        runs.map((run, at) =>
+    function drawHead() {
+      versus.replaceChildren(
+        ...runs.map((run, at) =>
           h(
             "div",
             { class: `side-card side-${SIDES[at].sign}` },
@@ -245,7 +222,7 @@
               h("div", {
                 class: "faint",
                 text: `${run.algorithm} · ${
-                  run.env.replace("agentropy/", "")
+                  agentropy.shortEnv(run.env)
                 } · seed ${run.seed} · step ${run.step} of ${run.steps}`,
               }),
               run.success
@@ -265,6 +242,7 @@
           )
         ),
       );
+      verdict.replaceChildren(paired(evaluations));
     }
 
     function drawPicker() {
@@ -356,9 +334,8 @@
       shown.sections[state.place].scrollIntoView({ block: "center", behavior: "instant" });
     }
 
-    drawCharts();
+    drawHead();
     drawPicker();
-    const pairs = paired(await Promise.all(runs.map(agentropy.evaluations)));
     colours.element.hidden = true;
     if (!common.length) {
       picker.replaceChildren(
@@ -378,8 +355,8 @@
         "div",
         { class: "page compare" },
         h("h1", { class: "unseen", text: `Compare ${title}` }),
-        head(),
-        pairs,
+        versus,
+        verdict,
         charts,
         h(
           "details",
@@ -397,25 +374,31 @@
         ),
       ),
       keys: {
-        1: () => recolour("entropy"),
-        2: () => recolour("logprob"),
-        3: () => recolour("advantage"),
-        4: () => recolour("weight"),
+        ...colours.keys,
         j: () => goTo(state.place + 1),
         k: () => goTo(state.place - 1),
         "/": () => picker.querySelector("input")?.focus(),
         Enter: () => shown && tokens.focus(shown.sections[state.place]),
       },
       shown: () => {
+        drawCharts();
         const name = state.task && common.includes(state.task) ? state.task : common[0];
         if (name) choose(name, [query.get("a"), query.get("b")]);
       },
-      leave: () => (tips.remove(), document.removeEventListener("agentropy:theme", onTheme)),
+      leave: () => {
+        left = true;
+        shows++; // panes that are still on their way are not shown
+        tips.remove();
+        document.removeEventListener("agentropy:theme", onTheme);
+      },
       refresh: async (now) => {
         const next = ids.map((id) => now.find((one) => one.id === id));
         if (!next.every(Boolean) || next.every((run, at) => run.metrics === runs[at].metrics)) return;
+        const found = await numbersOf(next);
+        if (left) return;
         runs = next;
-        (await Promise.all(runs.map(agentropy.metrics))).forEach((one, at) => (metrics[at] = one));
+        [metrics, evaluations] = found;
+        drawHead();
         drawCharts();
       },
     };

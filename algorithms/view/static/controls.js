@@ -6,7 +6,7 @@
 (function (agentropy) {
   const { h, number, brief, MEASURES } = agentropy;
 
-  // Buttons 1 to 4 and the legend; why says what a measure lacks, or null.
+  // Buttons, their keys and the legend; missing says what a measure lacks, or null.
   function colouring({ missing, change }) {
     const legend = h("div", { class: "legend" });
     const buttons = Object.entries(MEASURES).map(([name, one]) =>
@@ -15,8 +15,6 @@
         {
           type: "button",
           "data-measure": name,
-          title: missing(name) || `${one.label}: ${one.what} (key ${one.key})`,
-          "aria-disabled": missing(name) ? "true" : null,
           on: { click: () => (missing(name) ? agentropy.announce(missing(name)) : change(name)) },
         },
         h("kbd", { "aria-hidden": "true", text: one.key }),
@@ -25,7 +23,14 @@
     );
     const why = h("p", { class: "why" });
     function show(now, domain) {
-      buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.measure === now)));
+      for (const button of buttons) {
+        const name = button.dataset.measure, { label, what, key } = MEASURES[name];
+        button.setAttribute("aria-pressed", String(name === now));
+        // What is missing depends on what is shown.
+        button.title = missing(name) || `${label}: ${what} (key ${key})`;
+        if (missing(name)) button.setAttribute("aria-disabled", "true");
+        else button.removeAttribute("aria-disabled");
+      }
       const one = MEASURES[now];
       if (!domain) return legend.replaceChildren(h("p", { class: "faint", text: missing(now) || "No numbers here." }));
       const [low, high] = domain, middle = now === "advantage" ? 0 : now === "weight" ? 1 : (low + high) / 2;
@@ -59,6 +64,7 @@
         why,
       ),
       show,
+      keys: Object.fromEntries(Object.entries(MEASURES).map(([name, { key }]) => [key, () => change(name)])),
     };
   }
 

@@ -108,6 +108,30 @@ window.agentropy = window.agentropy || {};
     path,
   ) => (path.length > 28 && path.includes("/") ? "…/" + path.split("/").filter(Boolean).pop() : path);
 
+  // The package that environments of our own come from says nothing of them.
+  const shortEnv = (env) => env.replace("agentropy/", "");
+
+  // An address within the page; query is an object, or pairs where a name occurs several times.
+  function link(parts, query = {}) {
+    const pairs = Array.isArray(query) ? query : Object.entries(query);
+    const search = new URLSearchParams(
+      pairs.filter(([, value]) => value !== null && value !== undefined && value !== "" && value !== false),
+    ).toString();
+    return "#/" + parts.map(encodeURIComponent).join("/") + (search ? "?" + search : "");
+  }
+
+  // The address follows what is shown, without a new entry in the history.
+  function remember(parts, query) {
+    const hash = link(parts, query);
+    if (hash !== location.hash) history.replaceState(null, "", hash);
+  }
+
+  function findRun(runs, id) {
+    const run = runs.find((one) => one.id === id);
+    if (!run) throw Object.assign(new Error(`there is no run '${id}' here`), { status: 404 });
+    return run;
+  }
+
   // A line that leaves another: drawn, since few fonts have the sign.
   const forkSign = () =>
     svg(
@@ -132,6 +156,34 @@ window.agentropy = window.agentropy || {};
     h("div", { class: "notice", role: "status" }, h("h2", { text: title }), advice.map((one) => h("p", {}, one)));
 
   const code = (text) => h("code", { text });
+
+  // A table that scrolls sideways; every row begins with its name.
+  const table = (label, head, rows, name = "") =>
+    h(
+      "div",
+      { class: "sideways", tabindex: "0", role: "region", "aria-label": label },
+      h(
+        "table",
+        { class: `numbers ${name}`.trim() },
+        h("thead", {}, h("tr", {}, head.map((text) => h("th", { scope: "col", text })))),
+        h(
+          "tbody",
+          {},
+          rows.map(([text, ...cells]) =>
+            h("tr", {}, h("th", { scope: "row", text }), cells.map((cell) => h("td", { text: cell })))
+          ),
+        ),
+      ),
+    );
+
+  // These children in this order; what stands right is not touched, and keeps the focus.
+  function arrange(host, elements) {
+    const kept = new Set(elements);
+    for (const child of [...host.children]) if (!kept.has(child)) child.remove();
+    elements.forEach((element, at) => {
+      if (host.children[at] !== element) host.insertBefore(element, host.children[at] || null);
+    });
+  }
 
   // What a screen reader should hear of a change elsewhere on the page.
   function announce(text) {
@@ -164,9 +216,15 @@ window.agentropy = window.agentropy || {};
     outcome,
     forkSign,
     shortPath,
+    shortEnv,
+    link,
+    remember,
+    findRun,
     taskParts,
     notice,
     code,
+    table,
+    arrange,
     announce,
     debounced,
   });

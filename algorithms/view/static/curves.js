@@ -90,15 +90,22 @@
   const titleOf = (name) => TITLES[name] || name;
   const formatOf = (name) => (/^success\/(rate|low|high)$/.test(name) ? percent : brief);
 
-  function curve(name, series, options = {}) {
+  function curve(name, series) {
     return agentropy.chart({
       title: titleOf(name),
       series,
       domain: name === SUCCESS ? [0, 1] : null,
       format: formatOf(name),
       group: name.startsWith("sft: ") ? "sft" : "steps",
-      ...options,
     });
+  }
+
+  // Other curves in place of those in host; the focus stays with its own.
+  function redraw(host, draw) {
+    const focused = host.contains(document.activeElement) && document.activeElement.closest("figure")?.dataset.metric;
+    agentropy.clearCharts();
+    host.replaceChildren(...draw());
+    if (focused) host.querySelector(`figure[data-metric="${CSS.escape(focused)}"] .plot`)?.focus();
   }
 
   // Small pictures for tables.
@@ -123,10 +130,9 @@
     DEFAULTS,
     metricNames,
     seriesOf,
-    titleOf,
     isHeld,
-    formatOf,
     curve,
+    redraw,
     successSpark,
     entropySpark,
   });

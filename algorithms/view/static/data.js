@@ -1,5 +1,4 @@
 // Where numbers come from: `api/KEY` of the running server, or `data/KEY.js` of an exported page.
-// - agentropy.load: the value of a key; what cannot change is kept.
 // - agentropy.metrics, agentropy.index: what a run has so far; asked for again only after it grew.
 // - agentropy.treeOf: a saved tree with its walks, lanes and every sampled token's four numbers.
 "use strict";
@@ -101,7 +100,10 @@
     let found = trees.find((one) => one.key === key && one.state === run.index);
     if (!found) {
       found = { key, state: run.index, value: load(key).then(model) };
-      found.value.catch(() => trees.splice(trees.indexOf(found), 1));
+      found.value.catch(() => {
+        // It may have made room for another already.
+        if (trees.includes(found)) trees.splice(trees.indexOf(found), 1);
+      });
       trees.push(found);
       if (trees.length > 12) trees.shift();
     }
@@ -136,9 +138,8 @@
     let parent = own.left, shared = 0;
     const common = (other) => {
       const theirs = new Set(tree.trajectories[other].acts);
-      return own.acts.findIndex((at) => !theirs.has(at)) < 0
-        ? own.acts.length
-        : own.acts.findIndex((at) => !theirs.has(at));
+      const first = own.acts.findIndex((at) => !theirs.has(at));
+      return first < 0 ? own.acts.length : first;
     };
     if (parent >= 0 && parent !== member) shared = common(parent);
     if (!shared) {
@@ -220,6 +221,12 @@
     return credit ? credit[measure] : null;
   }
 
+  // The number of one of a node's tokens, or their mean where no place is given; null where there is none.
+  function valueOf(tree, member, at, measure, place = -1) {
+    const list = numbers(tree, member, at, measure);
+    return !list ? null : place < 0 ? agentropy.mean(list) : list[place];
+  }
+
   function values(tree, measure) {
     const out = [];
     for (const own of tree.trajectories) {
@@ -251,7 +258,6 @@
   }
 
   Object.assign(agentropy, {
-    load,
     runs,
     metrics,
     index,
@@ -260,7 +266,7 @@
     law,
     treeOf,
     columns,
-    numbers,
+    valueOf,
     turnsOf,
     command,
   });

@@ -2,8 +2,7 @@
 "use strict";
 
 (function (agentropy) {
-  const { h, number, MEASURES } = agentropy;
-  const link = (...given) => agentropy.link(...given);
+  const { h, link, number, MEASURES } = agentropy;
 
   // Episodes that go another way than the open one, by the turn at which they do; one for each other action.
   function leaving(tree, member) {
@@ -139,7 +138,7 @@
       map = agentropy.minimap({
         sections,
         go: (at) => goTo(at, true),
-        values: own.acts.map((at) => agentropy.mean(agentropy.numbers(tree, member, at, "entropy") || [])),
+        values: own.acts.map((at) => agentropy.valueOf(tree, member, at, "entropy")),
       });
       mapHost.replaceChildren(map.element);
       facts.replaceChildren(
@@ -163,7 +162,7 @@
         following = Date.now() + 700;
         sections[place].scrollIntoView({ block: place ? "center" : "end", behavior: "instant" });
       }
-      lanes.show({ turn: place });
+      lanes.moveTo(place);
       if (map) map.show(place);
       remember();
     }
@@ -263,10 +262,7 @@
         ),
       ),
       keys: {
-        1: () => recolour("entropy"),
-        2: () => recolour("logprob"),
-        3: () => recolour("advantage"),
-        4: () => recolour("weight"),
+        ...colours.keys,
         j: () => goTo(place + 1, true),
         k: () => goTo(place - 1, true),
         "]": () => sibling(1),

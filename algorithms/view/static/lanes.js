@@ -23,19 +23,20 @@
     const label = (member) => `#${member} ✗ ${number(tree.trajectories[member].reward)}`;
     const labels = Math.max(...order.map((member) => label(member).length)) * 7.2 + 14;
     const host = h("div", { class: "lanes", role: "tree", "aria-label": "Branches of this task" });
-    let state = { member: 0, turn: 0, measure: "entropy" }, focused = 0, width = 0;
+    const left = 16, here = svg("rect", { class: "here", height: 16, rx: 2 });
+    let state = { member: 0, turn: 0, measure: "entropy" }, focused = 0, width = 0, cell = 0;
     const items = new Map();
 
+    const x = (turn) => left + turn * cell;
     const y = (member) => top + tree.trajectories[member].lane * pitch + pitch / 2;
 
     // The value of an action's cell: the mean over its tokens, as the first episode that played it has them.
-    const valueOf = (member, at) => agentropy.mean(agentropy.numbers(tree, member, at, state.measure) || []);
+    const valueOf = (member, at) => agentropy.valueOf(tree, member, at, state.measure);
 
     function draw() {
       if (!width) return;
-      const left = 16, cell = Math.max(1.5, Math.min(20, (width - left - labels) / longest));
-      const x = (turn) => left + turn * cell, domain = tree.domains[state.measure];
-      const height = top + order.length * pitch + 4;
+      cell = Math.max(1.5, Math.min(20, (width - left - labels) / longest));
+      const domain = tree.domains[state.measure], height = top + order.length * pitch + 4;
       const image = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}` });
       const every = [1, 2, 5, 10, 20, 50, 100].find((step) => step * cell >= 26) || 200;
       for (let turn = 0; turn < longest; turn += every) {
@@ -46,23 +47,22 @@
         svg("line", { class: "rail", x1: 6, x2: 6, y1: y(started[0]), y2: y(started[started.length - 1]) }),
         svg("circle", { class: "root", cx: 6, cy: y(started[0]), r: 3 }),
       );
-      image.append(svg("path", { class: "way", d: way(x, cell) }));
+      image.append(svg("path", { class: "way", d: way() }));
       items.clear();
-      for (const member of order) image.append(lane(member, x, cell, domain));
-      const own = tree.trajectories[state.member], at = own.acts[state.turn];
-      if (at !== undefined) {
-        image.append(
-          svg("rect", {
-            class: "here",
-            x: x(state.turn) - 1,
-            y: y(ownerOf(state.member, state.turn)) - 8,
-            width: Math.max(3, cell),
-            height: 16,
-            rx: 2,
-          }),
-        );
-      }
+      for (const member of order) image.append(lane(member, domain));
+      image.append(here);
+      mark();
       host.replaceChildren(image);
+    }
+
+    // The cell of the current turn.
+    function mark() {
+      const there = state.turn < tree.trajectories[state.member].acts.length;
+      here.style.display = there ? "" : "none";
+      if (!there) return;
+      here.setAttribute("x", x(state.turn) - 1);
+      here.setAttribute("y", y(ownerOf(state.member, state.turn)) - 8);
+      here.setAttribute("width", Math.max(3, cell));
     }
 
     // Whose lane the cell of a turn stands in.
@@ -71,7 +71,7 @@
       return own.parent >= 0 && turn < own.shared ? ownerOf(own.parent, turn) : member;
     }
 
-    const elbow = (member, x, cell) => {
+    const elbow = (member) => {
       const own = tree.trajectories[member];
       const at = own.parent < 0 ? 6 : x(own.shared) - cell * 0.15,
         from = own.parent < 0 ? y(member) : y(ownerOf(own.parent, Math.max(0, own.shared - 1)));
@@ -79,11 +79,11 @@
     };
 
     // The line of the open branch: along the lanes of those that it left.
-    function way(x, cell) {
+    function way() {
       const points = [];
       let member = state.member, end = x(tree.trajectories[member].acts.length);
       for (;;) {
-        const own = tree.trajectories[member], { at, from, to } = elbow(member, x, cell);
+        const own = tree.trajectories[member], { at, from, to } = elbow(member);
         points.unshift([at, from], [at, to], [end, to]);
         if (own.parent < 0) break;
         end = at;
@@ -92,12 +92,12 @@
       return "M" + points.map((point) => point.map((one) => one.toFixed(1)).join(" ")).join("L");
     }
 
-    function lane(member, x, cell, domain) {
+    function lane(member, domain) {
       const own = tree.trajectories[member],
         chosen = member === state.member,
         end = x(own.acts.length),
         fork = own.parent >= 0;
-      const { at, from, to } = elbow(member, x, cell);
+      const { at, from, to } = elbow(member);
       const item = svg("g", {
         class: chosen ? "lane open" : "lane",
         role: "treeitem",
@@ -188,15 +188,21 @@
 
     function show(next) {
       const had = host.contains(document.activeElement);
-      state = { ...state, ...next };
-      if ("member" in next) focused = next.member;
+      state = next;
+      focused = next.member;
       draw();
       if (had) items.get(focused)?.focus();
+    }
+
+    // Scrolling calls it at every turn: nothing else is drawn again.
+    function moveTo(turn) {
+      state.turn = turn;
+      mark();
     }
 
     new ResizeObserver(() => {
       if (Math.floor(host.clientWidth) !== width) (width = Math.floor(host.clientWidth)), draw();
     }).observe(host);
-    return { element: host, show, focus: () => focusOn(state.member) };
+    return { element: host, show, moveTo, focus: () => focusOn(state.member) };
   };
 })(window.agentropy);

@@ -2,8 +2,7 @@
 "use strict";
 
 (function (agentropy) {
-  const { h, percent, brief, number } = agentropy;
-  const link = (...given) => agentropy.link(...given);
+  const { h, link, percent, brief, number } = agentropy;
 
   const LISTS = {
     "entropy/by_turn": ["turn", "Entropy by turn"],
@@ -33,7 +32,7 @@
       { class: "facts" },
       [
         ["recipe", run.algorithm + (run.preset ? ` (${run.preset})` : "")],
-        ["environment", run.env.replace("agentropy/", "")],
+        ["environment", agentropy.shortEnv(run.env)],
         ["model", agentropy.shortPath(run.model)],
         ["seed", run.seed],
         ["steps", `${run.step} of ${run.steps}${run.live ? ", live" : ""}`],
@@ -98,54 +97,36 @@
       "section",
       {},
       h("h2", { text: "Held-out success by family of tasks" }),
-      h(
-        "div",
-        { class: "sideways", tabindex: "0", role: "region", "aria-label": "Success by family" },
-        h(
-          "table",
-          { class: "numbers" },
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              h("th", { scope: "col", text: "family" }),
-              few.map((row) => h("th", { scope: "col", text: `step ${row.step}` })),
-            ),
-          ),
-          h(
-            "tbody",
-            {},
-            [["all tasks", "success/rate"], ...names.map((name) => [name.slice(8).replaceAll("_", " "), name])].map((
-              [text, name],
-            ) =>
-              h(
-                "tr",
-                {},
-                h("th", { scope: "row", text }),
-                few.map((row) => h("td", { text: percent(row[name]) })),
-              )
-            ),
-          ),
-        ),
+      agentropy.table(
+        "Success by family",
+        ["family", ...few.map((row) => `step ${row.step}`)],
+        [["all tasks", "success/rate"], ...names.map((name) => [name.slice(8).replaceAll("_", " "), name])].map((
+          [text, name],
+        ) => [text, ...few.map((row) => percent(row[name]))]),
       ),
     );
   }
 
-  function chooser(names, chosen, change) {
+  // show: the names to choose from, and those that are chosen.
+  function chooser(change) {
     const list = h("div", { class: "metric-list" }),
       search = h("input", { type: "search", placeholder: "Search metrics", "aria-label": "Search metrics" });
-    const boxes = new Map(names.map((name) => {
+    const boxes = new Map();
+    function made(name) {
       const box = h("input", { type: "checkbox", value: name, on: { change: () => change(name, box.checked) } });
-      box.checked = chosen.includes(name);
-      return [name, { box, label: h("label", { title: name }, box, h("span", { text: name })) }];
-    }));
-    list.append(...[...boxes.values()].map((one) => one.label));
-    search.addEventListener("input", () => {
+      return { box, label: h("label", { title: name }, box, h("span", { text: name })) };
+    }
+    function sift() {
       const words = search.value.toLowerCase().split(/\s+/);
       for (const [name, { label }] of boxes) label.hidden = !words.every((word) => name.toLowerCase().includes(word));
-    });
+    }
+    function show(names, chosen) {
+      for (const name of names) if (!boxes.has(name)) boxes.set(name, made(name));
+      for (const [name, { box }] of boxes) box.checked = chosen.includes(name);
+      agentropy.arrange(list, names.map((name) => boxes.get(name).label));
+      sift();
+    }
+    search.addEventListener("input", sift);
     return {
       element: h(
         "details",
@@ -155,6 +136,7 @@
         list,
       ),
       search,
+      show,
     };
   }
 
@@ -164,11 +146,8 @@
       agentropy.metrics(run),
       agentropy.config(run).catch(() => null),
     ]);
-    let rows = first, drawings = 0;
-    const asked = query.getAll("m").filter(Boolean);
-    const names = agentropy.metricNames(rows);
-    let chosen = asked.length ? asked : agentropy.DEFAULTS.filter((name) => names.includes(name));
-    if (!chosen.length) chosen = names.slice(-4);
+    let rows = first, drawings = 0, left = false;
+    let chosen = query.getAll("m").filter(Boolean), touched = chosen.length > 0;
     const charts = h("div", { class: "charts" }),
       more = h("div", { class: "charts" }),
       extra = h("div"),
@@ -190,12 +169,21 @@
       );
     }
 
+    // Until somebody chooses, what is shown follows what the run has numbers of: of the warm start, then of training.
+    function follow() {
+      const names = agentropy.metricNames(rows);
+      if (!touched) {
+        chosen = agentropy.DEFAULTS.filter((name) => names.includes(name));
+        if (!chosen.length) chosen = names.slice(-4);
+      }
+      pick.show(names, chosen);
+    }
+
     function draw() {
-      const focused = charts.contains(document.activeElement)
-        ? document.activeElement.closest("figure").dataset.metric
-        : null;
-      agentropy.clearCharts();
-      charts.replaceChildren(...chosen.map((name) => agentropy.curve(name, agentropy.seriesOf(rows, name))));
+      agentropy.redraw(
+        charts,
+        () => chosen.map((name) => agentropy.curve(name, agentropy.seriesOf(rows, name))),
+      );
       if (!rows.length) {
         charts.replaceChildren(
           agentropy.notice(
@@ -206,7 +194,6 @@
       } else if (!chosen.length) {
         charts.replaceChildren(agentropy.notice("No metric is chosen", "Tick one in the list of metrics."));
       }
-      if (focused) charts.querySelector(`figure[data-metric="${CSS.escape(focused)}"] .plot`)?.focus();
       more.replaceChildren(...lists(rows).filter(Boolean));
       extra.replaceChildren(...[families(rows)].filter(Boolean));
       const mine = ++drawings;
@@ -216,14 +203,15 @@
       });
     }
 
-    const pick = chooser(names, chosen, (name, on) => {
+    const pick = chooser((name, on) => {
+      touched = true;
       chosen = on ? [...chosen, name] : chosen.filter((one) => one !== name);
       agentropy.remember(["run", run.id], chosen.map((one) => ["m", one]));
       draw();
     });
 
     drawHead();
-    draw();
+    follow();
     return {
       title: run.name,
       crumbs: [["Runs", "#/"], [run.name, link(["run", run.id])]],
@@ -255,14 +243,20 @@
         "/": () => ((pick.element.open = true), pick.search.focus()),
         b: () => (location.hash = link(["run", run.id, "trajectories"])),
       },
+      // Drawn no earlier: a view that is no longer wanted would forget the charts of the one that is.
+      shown: draw,
+      leave: () => (left = true),
       refresh: async (now) => {
         const next = now.find((one) => one.id === run.id);
         if (
           !next || (next.metrics === run.metrics && next.live === run.live && next.trajectories === run.trajectories)
         ) return;
+        const found = await agentropy.metrics(next);
+        if (left) return;
         run = next;
-        rows = (await agentropy.metrics(run)).rows;
+        rows = found.rows;
         drawHead();
+        follow();
         draw();
       },
     };

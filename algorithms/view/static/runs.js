@@ -2,8 +2,7 @@
 "use strict";
 
 (function (agentropy) {
-  const { h, percent, brief, count, ago, notice, code } = agentropy;
-  const link = (...given) => agentropy.link(...given);
+  const { h, link, percent, brief, count, ago, notice, code } = agentropy;
 
   const range = (success) => (success ? `${percent(success.low)}–${percent(success.high)}`.replace(" %–", "–") : "");
 
@@ -87,7 +86,7 @@
         { class: "faint about" },
         [
           run.algorithm + (run.preset ? ` ${run.preset}` : ""),
-          run.env.replace("agentropy/", ""),
+          agentropy.shortEnv(run.env),
           agentropy.shortPath(run.model),
           `seed ${run.seed}`,
         ].map((part) => h("span", { text: part })),
@@ -121,6 +120,8 @@
   agentropy.runsView = ({ runs, query }) => {
     const chosen = (query.get("choose") || "").split(",").filter((id) => runs.some((run) => run.id === id));
     const compare = h("a", { class: "button", role: "button" }), body = h("tbody"), known = new Map();
+    const title = h("h1"), actions = h("div", { class: "actions" }), page = h("div", { class: "page" });
+    let size = null;
 
     function choose(id, on) {
       if (on && !chosen.includes(id)) chosen.push(id);
@@ -146,62 +147,27 @@
       else compare.removeAttribute("href");
     }
 
-    function fill(now) {
-      for (const run of now) {
-        if (known.has(run.id)) known.get(run.id).update(run);
-        else {
-          known.set(run.id, row(run, choose, chosen));
-          body.append(known.get(run.id).element);
-        }
-      }
-    }
-
-    fill(runs);
-    offer();
-    const view = { title: "Runs", crumbs: [["Runs", "#/"]], refresh: fill };
-    if (!runs.length) {
-      view.element = h(
-        "div",
-        { class: "page" },
-        notice("There are no runs here yet", [
-          "Train one with ",
-          code("agentropy train --run-dir runs/first"),
-          "; it appears by itself.",
-        ]),
-      );
-      return view;
-    }
-    view.element = h(
-      "div",
-      { class: "page" },
+    const all = h("a", { href: link(["trajectories"]), text: "All trajectories" });
+    const table = h(
+      "table",
+      {},
       h(
-        "div",
-        { class: "heading" },
-        h("h1", { text: count(runs.length, "run") }),
+        "thead",
+        {},
         h(
-          "div",
-          { class: "actions" },
-          runs.length > 1 && h("a", { href: link(["trajectories"]), text: "All trajectories" }),
-          runs.length > 1 && compare,
-        ),
-      ),
-      h(
-        "table",
-        { class: runs.length > 1 ? "runs" : "runs single" },
-        h(
-          "thead",
+          "tr",
           {},
-          h(
-            "tr",
-            {},
-            h("th", { class: "pick" }, h("span", { class: "unseen", text: "Compare" })),
-            ["Run", "State", "Held-out success, 95 %", "Success", "Entropy", "Trajectories"].map((text, at) =>
-              h("th", { class: `c-${CELLS[at]}`, scope: "col", text })
-            ),
+          h("th", { class: "pick" }, h("span", { class: "unseen", text: "Compare" })),
+          ["Run", "State", "Held-out success, 95 %", "Success", "Entropy", "Trajectories"].map((text, at) =>
+            h("th", { class: `c-${CELLS[at]}`, scope: "col", text })
           ),
         ),
-        body,
       ),
+      body,
+    );
+    const whole = [
+      h("div", { class: "heading" }, title, actions),
+      table,
       h(
         "p",
         { class: "faint caption" },
@@ -212,7 +178,39 @@
         h("i", { class: "key", style: { background: "var(--third)" } }),
         "entropy of the policy, from 0",
       ),
-    );
-    return view;
+    ];
+    const none = notice("There are no runs here yet", [
+      "Train one with ",
+      code("agentropy train --run-dir runs/first"),
+      "; it appears by itself.",
+    ]);
+
+    // What stands around the rows depends on how many there are.
+    function frame(now) {
+      size = now;
+      title.textContent = count(size, "run");
+      table.className = size > 1 ? "runs" : "runs single";
+      agentropy.arrange(actions, size > 1 ? [all, compare] : []);
+      agentropy.arrange(page, size ? whole : [none]);
+    }
+
+    function fill(now) {
+      const ids = new Set(now.map((run) => run.id));
+      for (const id of known.keys()) {
+        if (ids.has(id)) continue;
+        known.delete(id);
+        if (chosen.includes(id)) choose(id, false);
+      }
+      for (const run of now) {
+        if (known.has(run.id)) known.get(run.id).update(run);
+        else known.set(run.id, row(run, choose, chosen));
+      }
+      agentropy.arrange(body, now.map((run) => known.get(run.id).element));
+      if (size !== now.length) frame(now.length);
+    }
+
+    fill(runs);
+    offer();
+    return { title: "Runs", crumbs: [["Runs", "#/"]], element: page, refresh: fill };
   };
 })(window.agentropy);

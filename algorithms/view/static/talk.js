@@ -138,15 +138,11 @@
     );
   }
 
-  const MEAN_SIGNS = { entropy: "H", logprob: "log p", advantage: "A", weight: "w" };
-
   // Colour every token below root by its number; spans carry it as data-value.
   function paint(root, tree, member, measure, domain) {
     for (const span of root.querySelectorAll(".token")) {
-      const at = Number(span.dataset.node),
-        place = Number(span.dataset.place),
-        list = agentropy.numbers(tree, member, at, measure);
-      const value = !list ? null : place < 0 ? agentropy.mean(list) : list[place];
+      const { node, place } = span.dataset;
+      const value = agentropy.valueOf(tree, member, Number(node), measure, Number(place));
       span.style.backgroundColor = domain ? agentropy.colour(measure, value, domain) : "";
       if (value === null || value === undefined) delete span.dataset.value;
       else span.dataset.value = String(value);
@@ -155,11 +151,9 @@
     for (const section of root.querySelectorAll(".turn")) {
       const cell = section.querySelector(".turn-mean"), first = section.querySelector(".token");
       if (!cell) continue;
-      const value = first
-        ? agentropy.mean(agentropy.numbers(tree, member, Number(first.dataset.node), measure) || [])
-        : null;
+      const value = first ? agentropy.valueOf(tree, member, Number(first.dataset.node), measure) : null;
       cell.replaceChildren(
-        h("span", { class: "faint", text: MEAN_SIGNS[measure] + " " }),
+        h("span", { class: "faint", text: MEASURES[measure].sign + " " }),
         measure === "advantage" ? signed(value) : number(value),
       );
       cell.title = `mean ${MEASURES[measure].label.toLowerCase()} of the turn's tokens`;

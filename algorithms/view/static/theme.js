@@ -4,7 +4,7 @@
 window.agentropy = window.agentropy || {};
 
 (function (agentropy) {
-  const NAME = "agentropy.theme";
+  const NAME = "agentropy.theme", system = matchMedia("(prefers-color-scheme: dark)");
 
   function remembered() {
     try {
@@ -13,6 +13,9 @@ window.agentropy = window.agentropy || {};
       return null; // storage may be forbidden; the theme then lasts as long as the page
     }
   }
+
+  // As chosen, or else as the system has it. Asked for every token that is painted.
+  agentropy.theme = () => document.documentElement.dataset.theme || (system.matches ? "dark" : "light");
 
   agentropy.setTheme = (theme) => {
     document.documentElement.dataset.theme = theme;
@@ -26,8 +29,5 @@ window.agentropy = window.agentropy || {};
 
   const before = remembered();
   if (before === "light" || before === "dark") document.documentElement.dataset.theme = before;
-  matchMedia("(prefers-color-scheme: dark)").addEventListener(
-    "change",
-    () => document.dispatchEvent(new Event("agentropy:theme")),
-  );
+  system.addEventListener("change", () => document.dispatchEvent(new Event("agentropy:theme")));
 })(window.agentropy);

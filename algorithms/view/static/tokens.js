@@ -8,10 +8,7 @@
   // Everything that is known of a token, as pairs.
   function reading(tree, member, span) {
     const at = Number(span.dataset.node), place = Number(span.dataset.place), node = tree.nodes[at];
-    const value = (measure) => {
-      const list = agentropy.numbers(tree, member, at, measure);
-      return !list ? null : place < 0 ? agentropy.mean(list) : list[place];
-    };
+    const value = (measure) => agentropy.valueOf(tree, member, at, measure, place);
     const logprob = value("logprob"),
       rows = [["entropy", number(value("entropy"), 4) + " nats"], ["log-probability", number(logprob, 4)], [
         "probability",
