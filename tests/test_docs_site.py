@@ -2,7 +2,6 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,11 +15,11 @@ import pytest
 
 from agentropy import cli, config
 from agentropy.registry import ENV_IDS
+from tests.browser import chromium, needs_chromium
 
 pytest.importorskip("material")
 
 ROOT = Path(__file__).parents[1]
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @dataclass
@@ -154,14 +153,12 @@ assert not {"torch", "mkdocs", "scienceworld", "textworld"} & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@needs_chromium
 def test_read_from_the_disk_the_pages_ask_nobody_and_the_search_finds(site):
-    playwright = pytest.importorskip("playwright.sync_api")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium here")
+    pytest.importorskip("playwright.sync_api")
     asked: list[str] = []
     errors: list[str] = []
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 900})
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -177,7 +174,6 @@ def test_read_from_the_disk_the_pages_ask_nobody_and_the_search_finds(site):
                 "node => [getComputedStyle(node).fill, getComputedStyle(document.body).backgroundColor]"
             )
             assert contrast(ink, paper) > 4.5, scheme
-        browser.close()
     assert not errors
     assert asked and not [address for address in asked if not address.startswith(("file:", "data:", "about:"))]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agentropy.algorithms import Minibatch
+from tests.algorithms.view_site import browser, contexts, open_page, site  # noqa: F401 - fixtures of two files
 
 Sample = tuple[Minibatch, Tensor, Tensor]
 

@@ -6,12 +6,6 @@ import itertools
 import json
 import math
 import re
-import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,121 +29,22 @@ from tests.algorithms.view_page import (
     luminance,
     numbers,
     rows_of,
-    small_run,
 )
 from tests.algorithms.view_runs import TOKENIZER, append, make_run, success
+from tests.algorithms.view_site import MANY, PHONE, TREE, WIDE, Open, Site, ready
+from tests.browser import needs_chromium
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
-uvicorn = pytest.importorskip("uvicorn")
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, BrowserContext, Page
+    from playwright.sync_api import Page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytestmark = needs_chromium
 
-WIDE, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 THEMES = ("light", "dark")
 MEASURES = ("entropy", "logprob", "advantage", "weight")
-MANY = 10_000
-MILLISECONDS = 20_000.0
-"""To wait for what must appear; a busy machine needs many of them, and a good page none."""
 
 
-@dataclass
-class Site:
-    """A served folder of runs."""
-
-    address: str
-    folder: Path
-    problems: list[str] = field(default_factory=list)
-    """What the browser complained of, and requests that left for another host."""
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("runs")
-    small_run(folder / "forks")
-    # Played the same tasks, and is not finished: what is appended to it is live.
-    make_run(folder / "live", steps=2, tasks=2, total_steps=9, seed=1)
-    make_run(folder / "many", steps=5, tasks=MANY // 40, group=8, turns=1)
-    with served(folder) as address:
-        yield Site(address, folder)
-
-
-@contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a server of the runs in ``folder``."""
-    server = uvicorn.Server(uvicorn.Config(create_app(Library([folder])), port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive(), "the server did not start"
-        time.sleep(0.02)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/"
-    server.should_exit = True
-    thread.join(10)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-Open = Callable[..., "Page"]
-
-
-@pytest.fixture(scope="module")
-def contexts(browser: Browser) -> Iterator[Callable[..., BrowserContext]]:
-    """A context for each theme and size, so that the browser keeps the page's files; a fresh one remembers nothing."""
-    kept: dict[str, BrowserContext] = {}
-
-    def context(theme: str, size: Any, *, fresh: bool = False) -> BrowserContext:
-        key = f"{theme} {size} {len(kept) if fresh else ''}"
-        if key not in kept:
-            kept[key] = browser.new_context(viewport=size, color_scheme=theme, reduced_motion="reduce")
-            kept[key].set_default_timeout(MILLISECONDS)
-        return kept[key]
-
-    yield context
-    for one in kept.values():
-        one.close()
-
-
-@pytest.fixture
-def open_page(site: Site, contexts: Callable[..., BrowserContext]) -> Iterator[Open]:
-    """Opens addresses of the page; at the end no error was logged, and no request had left for another host."""
-    pages = []
-
-    def go(
-        hash: str = "#/", *, size: Any = WIDE, theme: str = "light", fresh: bool = False, address: str = site.address
-    ) -> Page:
-        page = contexts(theme, size, fresh=fresh).new_page()
-        pages.append(page)
-        inside = address.removesuffix("index.html")
-        page.on("console", lambda m: site.problems.append(m.text) if m.type in ("error", "warning") else None)
-        page.on("pageerror", lambda error: site.problems.append(str(error)))
-        page.on("request", lambda r: None if r.url.startswith(inside) else site.problems.append(f"asks {r.url}"))
-        page.goto(address + hash)
-        ready(page)
-        return page
-
-    site.problems.clear()
-    yield go
-    for page in pages:
-        page.close()
-    assert not site.problems
-
-
-def ready(page: Page) -> None:
-    page.wait_for_selector("main:not([aria-busy]) h1", state="attached")
-
-
-TREE = "#/run/forks/tree/3/0"
 VIEWS = {
     "runs": ("#/", ".runs .spark"),
     "run": ("#/run/forks", ".plot svg"),
@@ -405,9 +300,12 @@ def test_enter_on_a_link_or_a_button_is_theirs(open_page: Open) -> None:
     page.locator(".branch-off", has_text="look on the desk").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector('.lane.open[data-branch="2"]')
+    # A view that appears takes the focus, so what comes next waits for it.
+    before = page.title()
     page.get_by_role("link", name="Previous task").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("location.hash.includes('/tree/2/1')")
+    page.wait_for_function("before => document.title !== before", arg=before)
+    assert "/tree/2/1" in page.url
     page.locator("#crumbs a", has_text="Trajectories").focus()
     page.keyboard.press("Enter")
     page.wait_for_selector("#row-0")
@@ -524,192 +422,6 @@ def test_a_run_that_cannot_be_read_does_not_hide_the_others(open_page: Open, tmp
     assert "1 of ?" in page.locator("dl.facts").inner_text()
 
 
-def test_a_live_run_grows_in_the_page(open_page: Open, site: Site) -> None:
-    page = open_page("#/run/live")
-    run = RunFolder.open(site.folder / "live")
-    reading = page.locator('figure[data-metric="Success"] .reading')
-    assert "97 %" not in reading.inner_text()
-    append(run, "train", 3, success(0.97) | {"entropy/action_mean": 0.2})
-    sync_api.expect(reading).to_contain_text("97 %", timeout=MILLISECONDS)
-    sync_api.expect(page.locator("dl.facts").first).to_contain_text("3 of 9")
-
-
-def test_a_run_that_is_opened_early_shows_its_warm_start_and_then_its_training(open_page: Open, tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", steps=0, total_steps=9)
-    run.metrics_file.unlink()
-
-    def figures(*titles: str) -> None:
-        sync_api.expect(page.locator(".charts .chart-title")).to_have_text(titles, timeout=MILLISECONDS)
-
-    with served(tmp_path) as address:
-        page = open_page("#/run/run", address=address)
-        sync_api.expect(page.locator(".notice")).to_contain_text("No numbers yet")
-        page.locator(".chooser summary").click()
-        append(run, "sft", 1, {"loss": 2.0})
-        figures("sft: loss")
-        append(run, "train", 1, {"success/rate": 0.5, "reward": 1.0})
-        figures("Success", "Return of an episode")
-        assert page.locator(".chooser").get_attribute("open") is None
-        page.locator(".chooser summary").click()
-        boxes = page.locator(".metric-list input")
-        assert [box.get_attribute("value") for box in boxes.all()] == ["reward", "success/rate", "sft: loss"]
-        # What a reader has chosen stays.
-        page.get_by_role("checkbox", name="success/rate").uncheck()
-        append(run, "train", 2, {"success/rate": 0.5, "reward": 2.0, "turns": 4.0})
-        sync_api.expect(page.get_by_role("checkbox", name="turns")).to_be_visible(timeout=MILLISECONDS)
-        figures("Return of an episode")
-
-
-def test_a_run_that_goes_on_later_is_asked_for_again(open_page: Open) -> None:
-    page, live = open_page(), False
-
-    def told(route: Any) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, json={"runs": [run | {"live": live} for run in answer.json()["runs"]]})
-
-    page.route("**/api/runs", told)
-    page.clock.install()
-    page.reload()
-    ready(page)
-    with page.expect_response("**/api/runs"):
-        page.clock.run_for(3_000)
-    page.clock.run_for(10_000)
-    live = True
-    page.get_by_role("link", name="forks", exact=True).click()
-    page.wait_for_selector(".charts figure")
-    with page.expect_response("**/api/runs"):
-        page.clock.run_for(3_000)
-
-
-def test_runs_that_come_and_go_are_shown_as_they_do(open_page: Open) -> None:
-    page, there = open_page(), set[str]()
-
-    def told(route: Any) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, json={"runs": [run for run in answer.json()["runs"] if run["id"] in there]})
-
-    page.route("**/api/runs", told)
-    page.reload()
-    sync_api.expect(page.locator(".notice")).to_contain_text("There are no runs here yet")
-    for there, heading in (({"live"}, "1 run"), ({"forks", "live"}, "2 runs"), ({"live"}, "1 run"), (set(), None)):
-        if heading is None:
-            sync_api.expect(page.locator(".notice")).to_be_visible(timeout=MILLISECONDS)
-            break
-        sync_api.expect(page.locator("h1")).to_have_text(heading, timeout=MILLISECONDS)
-        rows = page.locator("tr[data-run]")
-        assert [row.get_attribute("data-run") for row in rows.all()] == sorted(there)
-        several = len(there) > 1
-        assert page.locator("table.single").count() == (not several)
-        assert page.get_by_role("link", name="All trajectories").count() == several
-        assert page.get_by_role("button", name="Choose").count() == several
-        if several:
-            page.get_by_label("Compare forks").check()
-            page.get_by_label("Compare live").check()
-            assert "choose=forks%2Clive" in page.url
-        else:
-            assert "choose=forks" not in page.url
-
-
-def test_what_was_asked_for_before_a_view_was_left_leaves_the_next_one_alone(open_page: Open) -> None:
-    page, held = open_page("#/run/forks/trajectories"), []
-
-    def go(hash: str, part: str) -> None:
-        page.evaluate("hash => { location.hash = hash }", hash)
-        page.wait_for_selector(part)
-
-    def hold(pattern: str, hash: str) -> None:
-        page.route(pattern, lambda route: held.append(route))
-        page.evaluate("hash => { location.hash = hash }", hash)
-        while not held:
-            page.wait_for_timeout(10)
-
-    def release() -> None:
-        while held:
-            held.pop().continue_()
-        page.wait_for_timeout(300)
-
-    # What is typed last is searched for a moment later.
-    page.get_by_label("Search tasks").evaluate("""search => {
-      search.value = "mug";
-      search.dispatchEvent(new Event("input", { bubbles: true }));
-      location.hash = "#/run/forks";
-    }""")
-    page.wait_for_selector(".charts figure")
-    page.wait_for_timeout(300)
-    assert page.url.endswith("#/run/forks")
-    # Another run's numbers arrive late: the charts that are shown keep their cursor.
-    hold("**/api/runs/live/metrics*", "#/run/live")
-    go("#/run/forks", ".charts figure .plot svg")
-    release()
-    page.locator('figure[data-metric="Success"] .plot').focus()
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
-    assert page.locator('figure[data-metric="Success"] .when').inner_text() == "step 2"
-    # Panes that arrive late do not take the address.
-    hold("**/api/runs/live/trees/**", "#/compare/forks/live")
-    go("#/run/forks", ".tabs")
-    release()
-    assert page.url.endswith("#/run/forks")
-
-
-def test_rows_are_those_of_their_runs_while_others_are_read(open_page: Open) -> None:
-    """A run goes away while another's index is on its way."""
-    page, held = open_page("#/trajectories"), []
-
-    def told(route: Any) -> None:
-        answer = route.fetch()
-        runs = [run | {"index": "another"} for run in answer.json()["runs"] if run["id"] != "forks"]
-        route.fulfill(response=answer, json={"runs": runs})
-
-    rows = int(page.locator(".scroller").get_attribute("aria-rowcount") or 0) - 1
-    page.route("**/api/runs/live/index", lambda route: held.append(route))
-    page.route("**/api/runs", told)
-    while not held:
-        page.wait_for_timeout(10)
-    page.keyboard.press("End")
-    page.wait_for_selector(f"#row-{rows - 1}.active .tag:has-text('many')")
-    held.pop().continue_()
-    sync_api.expect(page.locator(".scroller")).to_have_attribute("aria-rowcount", str(rows - 20 + 1))
-
-
-def test_from_turn_to_turn_only_the_mark_in_the_tree_moves(open_page: Open) -> None:
-    page = open_page(TREE)
-    page.wait_for_selector(".lanes .here")
-    page.evaluate("window.was = document.querySelector('.lanes svg')")
-    same = "was === document.querySelector('.lanes svg')"
-    first = page.locator(".here").bounding_box()
-    page.keyboard.press("j")
-    second = page.locator(".here").bounding_box()
-    assert first and second and second["x"] > first["x"] and second["y"] == first["y"]
-    assert page.evaluate(same)
-    page.keyboard.press("2")
-    assert not page.evaluate(same) and page.locator(".here").bounding_box() == second
-    fill = page.locator(".cell").first.get_attribute("fill") or ""
-    page.emulate_media(color_scheme="dark")
-    sync_api.expect(page.locator(".cell").first).not_to_have_attribute("fill", fill)
-
-
-def test_finished_runs_are_not_asked_for_again(open_page: Open) -> None:
-    page = open_page()
-    asked = []
-
-    def finished(route: Any) -> None:
-        asked.append(route.request.url)
-        answer = route.fetch()
-        route.fulfill(response=answer, json={"runs": [run | {"live": False} for run in answer.json()["runs"]]})
-
-    page.route("**/api/runs", finished)
-    page.clock.install()
-    page.reload()
-    ready(page)
-    with page.expect_response("**/api/runs"):
-        page.clock.run_for(3_000)
-    before = len(asked)
-    page.clock.run_for(60_000)
-    page.evaluate("fetch('mode.js')")  # behind whatever was asked before
-    assert len(asked) == before == 2
-
-
 def test_two_runs_are_compared_with_the_same_turn_side_by_side(open_page: Open) -> None:
     page = open_page()
     for run in ("forks", "live"):
@@ -732,46 +444,6 @@ def test_two_runs_are_compared_with_the_same_turn_side_by_side(open_page: Open) 
     page.locator("summary", has_text="What differs").click()
     settings = page.locator(".settings").inner_text()
     assert "algorithm.name" in settings and '"arpo"' in settings and "seed" not in settings
-
-
-def test_a_comparison_counts_the_tasks_that_both_were_evaluated_on_and_grows(open_page: Open, tmp_path: Path) -> None:
-    names = [f"task-{number}" for number in range(8)]
-
-    def evaluated(run: RunFolder, step: int, tasks: list[str], *won: list[bool]) -> None:
-        """What the trainer leaves of an evaluation."""
-        played = {
-            "won": list(won),
-            "turns": [[3] * len(one) for one in won],
-            "score": [[1.0] * len(one) for one in won],
-        }
-        run.save_outcomes(step, "valid_unseen", {"temperature": 0.4, "tasks": tasks, **played})
-        append(run, "eval", step, success(0.5) | {"split": "valid_unseen", "success/tasks": len(tasks)})
-
-    a, b, c = (make_run(tmp_path / name, steps=1, total_steps=9) for name in "abc")
-    evaluated(a, 1, names[:4], [True], [False], [True, False], [True])
-    evaluated(b, 1, names[2:6], [True, True], [False], [True], [True])
-    evaluated(c, 1, names[4:], [True], [True], [True], [True])
-    with served(tmp_path) as address:
-        page = open_page("#/compare/a/c", address=address)
-        page.wait_for_selector(".pair .token[data-value]")
-        assert page.locator(".paired").count() == 0
-        page.goto(f"{address}#/compare/a/b")
-        paired, versus = page.locator(".paired"), page.locator(".versus")
-        sync_api.expect(paired).to_have_text(
-            "Of the same 2 tasks of valid unseen after step 1, "
-            "A is better on 1 and B on 1; both win 0 and lose 0 alike."
-        )
-        page.locator('figure[data-metric="Success"] .plot').focus()
-        for run in (a, b):
-            append(run, "train", 2, success(0.6))
-            evaluated(run, 2, names[:1], [True])
-        sync_api.expect(paired).to_have_text(
-            "Of the same 1 task of valid unseen after step 2, "
-            "A is better on 0 and B on 0; both win 1 and lose 0 alike.",
-            timeout=MILLISECONDS,
-        )
-        sync_api.expect(versus.locator(".faint", has_text="step 2 of 9")).to_have_count(2)
-        sync_api.expect(page.locator('figure[data-metric="Success"] .plot')).to_be_focused()
 
 
 def test_a_comparison_says_which_numbers_neither_run_stored(open_page: Open) -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
-
 import numpy as np
 import pytest
 
 from agentropy.benchmarks.comparison.analysis import analyse
 from agentropy.benchmarks.comparison.page import page
 from tests.benchmarks.fabricate import MACHINE, fabricate, make_grid
+from tests.browser import chromium, needs_chromium
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+pytest.importorskip("playwright.sync_api", reason="needs Playwright (pip install playwright)")
+pytestmark = needs_chromium
 
 LONG = "a_label_without_any_space_that_goes_on_and_on_for_longer_than_a_phone_is_wide"
 # Least contrast of text with what lies under it, 4.5 to 1 (WCAG 2.2, 1.4.3), over all texts of the page.
@@ -41,10 +38,8 @@ def file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(params=[(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")], ids=str)
