@@ -7,7 +7,8 @@ import os
 
 # Read by torch and transformers when they are imported, which the imports of the tests do.
 os.environ["OMP_WAIT_POLICY"] = "passive"
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, len(os.sched_getaffinity(0)))))
+# The whole suite runs in two processes, which else keep each other waiting.
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(8, len(os.sched_getaffinity(0))) // 2)))
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -26,6 +27,14 @@ SEED = "AGENTROPY_TEST_SEED"
 # Multiprocessing keeps these until the interpreter that started them ends.
 HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 GRACE_SECONDS = 5.0
+LONG = frozenset(
+    f"test_{name}.py"
+    for name in (
+        *("comparison_run", "docs_examples", "engine_conformance", "http_engine", "process_engine", "trainer"),
+        *("trainer_methods", "conformance", "scienceworld_simulator", "sampling_triton", "alfworld_native"),
+    )
+)
+"""Files of a minute and more."""
 
 # A shell's background job ignores SIGINT, and so would all that the tests start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN and threading.current_thread() is threading.main_thread():
@@ -47,6 +56,13 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     chosen = config.args_source is not pytest.Config.ArgsSource.TESTPATHS or options.keyword
     if not chosen and not options.usepdb and not options.collectonly:
         options.numprocesses, options.dist = 2, "loadfile"
+        # In our order: by default files with few tests come last, and these are the long ones.
+        options.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long files first, so that no process works on one of them when the other is done."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.hookimpl(tryfirst=True)
