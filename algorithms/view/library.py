@@ -28,7 +28,9 @@ class Library:
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
-        self._folders = [Path(folder) for folder in folders]
+        self._folders = dict(
+            zip(map(Path, folders), _told_apart([Path(folder).resolve() for folder in folders]), strict=True)
+        )
         self._lock = threading.Lock()
         self._runs: dict[Path, SavedRun] = {}
         self._scanned = 0.0
@@ -71,14 +73,15 @@ class Library:
     def _scan(self) -> None:
         known, self._runs = self._runs, {}
         used = {run.id for run in known.values()}
-        for folder in self._folders:
+        for folder, own in self._folders.items():
             for path in _find(folder):
                 place = path.resolve()
                 if place in self._runs:
                     continue
                 run = known.get(place)
                 if run is None:
-                    name = _name(folder, path, alone=len(self._folders) == 1)
+                    inside = path.relative_to(folder).as_posix()
+                    name = own if inside == "." else inside if len(self._folders) == 1 else f"{own}/{inside}"
                     run = SavedRun(_id(name, used), name, path)
                     used.add(run.id)
                 self._runs[place] = run
@@ -98,13 +101,16 @@ def _find(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
                 yield from _find(path, depth - 1)
 
 
-def _name(folder: Path, run: Path, *, alone: bool) -> str:
-    """For people: what tells a run from the others."""
-    inside = run.relative_to(folder).as_posix()
-    own = folder.resolve().name
-    if inside == ".":
-        return own
-    return inside if alone else f"{own}/{inside}"
+def _told_apart(folders: Sequence[Path]) -> list[str]:
+    """For people: of each path, as many of its last parts as no other one shares."""
+
+    def short(folder: Path) -> str:
+        others = [other for other in folders if other != folder]
+        sizes = range(1, len(folder.parts) + 1)
+        own = (folder.parts[-size:] for size in sizes if all(o.parts[-size:] != folder.parts[-size:] for o in others))
+        return "/".join(next(own, folder.parts))
+
+    return [short(folder) for folder in folders]
 
 
 def _id(name: str, used: set[str]) -> str:

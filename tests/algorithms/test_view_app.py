@@ -321,6 +321,20 @@ def test_a_run_with_a_broken_configuration_is_told_as_far_as_it_goes(tmp_path: P
     assert (run["name"], run["algorithm"], run["steps"], run["step"]) == ("run", None, None, 2)
 
 
+def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    """As the runs of a comparison, which are all called after their seed."""
+    for name in ("grpo/seed-0", "arpo/seed-0", "arpo/seed-1"):
+        make_run(tmp_path / name, steps=0)
+    for folders, names in (
+        (["grpo/seed-0", "arpo/seed-0"], ["grpo/seed-0", "arpo/seed-0"]),
+        (["grpo/seed-0", "arpo/seed-0", "grpo/seed-0"], ["grpo/seed-0", "arpo/seed-0"]),
+        (["arpo/seed-1", "grpo/seed-0"], ["seed-1", "seed-0"]),
+        (["arpo", "grpo/seed-0"], ["arpo/seed-0", "arpo/seed-1", "seed-0"]),
+        ([""], ["arpo/seed-0", "arpo/seed-1", "grpo/seed-0"]),
+    ):
+        assert [run.name for run in Library([tmp_path / folder for folder in folders]).runs()] == names
+
+
 @pytest.mark.parametrize("inside", [(), ("config.toml",), ("deep/er/and/even/deeper/run",)])
 def test_a_folder_without_a_run_is_named(tmp_path: Path, inside: tuple[str, ...]) -> None:
     for name in inside:
