@@ -15,7 +15,7 @@ from .. import __version__
 from ..config import to_toml
 from .display import clock
 from .runs import TIME_PREFIX, RunFolder, write_atomically
-from .stats import Proportion
+from .stats import Proportion, Summary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -53,14 +53,7 @@ def _page(run: RunFolder, rows: Sequence[Row]) -> str:
     by_phase = {phase: [row for row in rows if row["phase"] == phase] for phase in ("sft", "train", "eval")}
     evaluations = by_phase["eval"]
     title = f"{config.algorithm.name} on {config.env.id}"
-    if evaluations:
-        last = _success(evaluations[-1])
-        # Where runs share a start, it is not evaluated anew in each.
-        before = "" if evaluations[0]["step"] else f"{_success(evaluations[0])} → "
-        split = html.escape(evaluations[-1]["split"])
-        headline = f"success {before}{last} on {last.trials} held-out tasks ({split})"
-    else:
-        headline = "no evaluation yet"
+    headline = html.escape(str(Summary.of(evaluations))) if evaluations else "no evaluation yet"
     seconds = sum(
         value for row in rows for key, value in row.items() if key.startswith(TIME_PREFIX) and "seconds" in key
     )

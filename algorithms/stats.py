@@ -1,6 +1,7 @@
 """Statistics for people: a rate always comes with its number of tasks and its interval.
 
 - ``Proportion``: successes among trials, with the Wilson interval; ``str()`` gives ``0.31 [0.24, 0.39]``.
+- ``Summary``: success before and after a run's training.
 - ``panel_hash``: a short name for a fixed set of tasks.
 """
 
@@ -8,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 Z_95 = 1.959963984540054
 """97.5 % point of the standard normal distribution."""
@@ -48,6 +50,27 @@ class Proportion:
     def __str__(self) -> str:
         low, high = self.interval
         return f"{self.rate:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Held-out success before and after reinforcement learning; equal when there were no steps. ``before`` is None
+    where nothing was evaluated before the first step, as in runs that share a start."""
+
+    before: Proportion | None
+    after: Proportion
+    split: str
+
+    @classmethod
+    def of(cls, evaluations: Sequence[Mapping[str, Any]]) -> Summary:
+        """From the rows of a run's evaluations, one or more, in order."""
+        first, last = evaluations[0], evaluations[-1]
+        before, after = (Proportion(row["success/wins"], row["success/tasks"]) for row in (first, last))
+        return cls(None if first["step"] else before, after, last["split"])
+
+    def __str__(self) -> str:
+        told = f"{self.after}" if self.before is None else f"{self.before} → {self.after}"
+        return f"success {told} on {self.after.trials} held-out tasks ({self.split})"
 
 
 def panel_hash(tasks: Iterable[str]) -> str:

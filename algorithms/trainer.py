@@ -1,6 +1,6 @@
 """The training loop: warm start, rollouts, updates, evaluations, checkpoints.
 
-- ``Trainer``: runs or continues a run folder to its end. ``Summary``: what it reached.
+- ``Trainer``: runs or continues a run folder to its end.
 
 Every random choice of step k comes from a seed made of (run seed, purpose, k), so the state of all generators is
 the step's number, and a run that was killed and resumed repeats what an undisturbed one does.
@@ -13,7 +13,6 @@ import math
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -52,7 +51,7 @@ from .runs import TIME_PREFIX, RunFolder
 from .sft import WarmStart, collect_demonstrations
 from .slots import use
 from .slots.weight import RolloutCorrection
-from .stats import Proportion
+from .stats import Proportion, Summary
 
 SFT_CHECKPOINT_EVERY = 25
 """Updates of the warm start between checkpoints."""
@@ -60,20 +59,6 @@ SFT_CHECKPOINT_EVERY = 25
 MISMATCH_ALARM = 0.1
 """Mean difference of the engine's log-probabilities from the learner's, in nats a token, that is worth a word: bf16
 against fp32 makes 0.02 to 0.07."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """Held-out success before and after reinforcement learning; equal when there were no steps. ``before`` is None
-    where nothing was evaluated before the first step."""
-
-    before: Proportion | None
-    after: Proportion
-    split: str
-
-    def __str__(self) -> str:
-        told = f"{self.after}" if self.before is None else f"{self.before} → {self.after}"
-        return f"success {told} on {self.after.trials} held-out tasks ({self.split})"
 
 
 class Trainer:
@@ -178,7 +163,7 @@ class Trainer:
                     if self.step == steps or self.step % config.train.checkpoint_every == 0:
                         self._checkpoint()
                     durations.append(time.perf_counter() - started)
-        return self._summary()
+        return Summary.of([row for row in self.run.rows() if row["phase"] == "eval"])
 
     def _train_step(self, pool: EnvPool, seconds_left: float | None) -> None:
         """Rollouts of this step's tasks under the current weights, then the update."""
@@ -494,13 +479,6 @@ class Trainer:
                 known.get(name, math.nan) for name in ("entropy/action_mean", TIME_PREFIX + "tokens_per_second")
             )
             self.display.row(label, success, row["turns"], entropy, rate, None)
-
-    def _summary(self) -> Summary:
-        evaluations = [row for row in self.run.rows() if row["phase"] == "eval"]
-        before, *_, after = (
-            Proportion(row["success/wins"], row["success/tasks"]) for row in (evaluations[0], *evaluations)
-        )
-        return Summary(before if not evaluations[0]["step"] else None, after, evaluations[-1]["split"])
 
 
 def _count(display: Display, label: str, count: Progress) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
 import sys
@@ -133,6 +132,9 @@ def _listen(host: str, port: int | None) -> socket.socket:
     if port is not None:
         return listen(host, port)
     for number in range(PORT, PORT + _PORTS):
-        with contextlib.suppress(UsageError):
+        try:
             return listen(host, number)
+        except UsageError as error:
+            if isinstance(error.__cause__, socket.gaierror):  # no port helps a host that is not there
+                raise
     return listen(host, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ...errors import UsageError
@@ -28,9 +28,7 @@ class Library:
     """
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
-        self._folders = dict(
-            zip(map(Path, folders), _told_apart([Path(folder).resolve() for folder in folders]), strict=True)
-        )
+        self._folders = _told_apart(map(Path, folders))
         self._lock = threading.Lock()
         self._runs: dict[Path, SavedRun] = {}
         self._scanned = 0.0
@@ -101,16 +99,16 @@ def _find(folder: Path, depth: int = _DEPTH) -> Iterator[Path]:
                 yield from _find(path, depth - 1)
 
 
-def _told_apart(folders: Sequence[Path]) -> list[str]:
-    """For people: of each path, as many of its last parts as no other one shares."""
+def _told_apart(folders: Iterable[Path]) -> dict[Path, str]:
+    """For people: each folder by as many of its last parts as no other one shares."""
+    parts = {folder: folder.resolve().parts for folder in folders}
 
-    def short(folder: Path) -> str:
-        others = [other for other in folders if other != folder]
-        sizes = range(1, len(folder.parts) + 1)
-        own = (folder.parts[-size:] for size in sizes if all(o.parts[-size:] != folder.parts[-size:] for o in others))
-        return "/".join(next(own, folder.parts))
+    def short(own: tuple[str, ...]) -> str:
+        others = [other for other in parts.values() if other != own]
+        ends = (own[-size:] for size in range(1, len(own) + 1))
+        return "/".join(next((end for end in ends if all(other[-len(end) :] != end for other in others)), own))
 
-    return [short(folder) for folder in folders]
+    return {folder: short(own) for folder, own in parts.items()}
 
 
 def _id(name: str, used: set[str]) -> str:

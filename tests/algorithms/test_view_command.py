@@ -57,8 +57,11 @@ def test_the_next_free_port_is_taken_unless_one_is_named(tmp_path: Path, monkeyp
             assert found.getsockname()[1] not in (0, port)
         with pytest.raises(UsageError, match=f"cannot listen on 127.0.0.1 port {port}: "):
             view([str(make_run(tmp_path, steps=0).path)], port=port, browser=False)
+    asked, resolve = [], socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *given, **more: (asked.append(given), resolve(*given, **more))[1])
     with pytest.raises(UsageError, match=r"cannot listen on no\.such\.host\.invalid"):
         command._listen("no.such.host.invalid", None)
+    assert len(asked) == 1  # a name server may take seconds to say no
     with pytest.raises(UsageError, match="--port is 65536; expected 0 to 65535"):
         view([str(tmp_path)], port=65536)
 

@@ -29,6 +29,25 @@ def until(page: Page, held: list[Any]) -> None:
         page.wait_for_timeout(10)
 
 
+def still(open_page: Open, state: dict[str, bool]) -> tuple[Page, list[str]]:
+    """The list of runs, all in ``state``, whose time stands still since it asked again; and what it asked for."""
+    page = open_page()
+    asked: list[str] = []
+
+    def told(route: Any) -> None:
+        asked.append(route.request.url)
+        answer = route.fetch()
+        route.fulfill(response=answer, json={"runs": [run | state for run in answer.json()["runs"]]})
+
+    page.route("**/api/runs", told)
+    page.clock.install()
+    page.reload()
+    ready(page)
+    with page.expect_response("**/api/runs"):
+        page.clock.run_for(3_000)
+    return page, asked
+
+
 def test_a_live_run_grows_in_the_page(open_page: Open, site: Site) -> None:
     page = open_page("#/run/live")
     run = RunFolder.open(site.folder / "live")
@@ -66,20 +85,10 @@ def test_a_run_that_is_opened_early_shows_its_warm_start_and_then_its_training(o
 
 
 def test_a_run_that_goes_on_later_is_asked_for_again(open_page: Open) -> None:
-    page, live = open_page(), False
-
-    def told(route: Any) -> None:
-        answer = route.fetch()
-        route.fulfill(response=answer, json={"runs": [run | {"live": live} for run in answer.json()["runs"]]})
-
-    page.route("**/api/runs", told)
-    page.clock.install()
-    page.reload()
-    ready(page)
-    with page.expect_response("**/api/runs"):
-        page.clock.run_for(3_000)
+    state = {"live": False}
+    page, _ = still(open_page, state)
     page.clock.run_for(10_000)
-    live = True
+    state["live"] = True
     page.get_by_role("link", name="forks", exact=True).click()
     page.wait_for_selector(".charts figure")
     with page.expect_response("**/api/runs"):
@@ -193,20 +202,7 @@ def test_from_turn_to_turn_only_the_mark_in_the_tree_moves(open_page: Open) -> N
 
 
 def test_finished_runs_are_not_asked_for_again(open_page: Open) -> None:
-    page = open_page()
-    asked = []
-
-    def finished(route: Any) -> None:
-        asked.append(route.request.url)
-        answer = route.fetch()
-        route.fulfill(response=answer, json={"runs": [run | {"live": False} for run in answer.json()["runs"]]})
-
-    page.route("**/api/runs", finished)
-    page.clock.install()
-    page.reload()
-    ready(page)
-    with page.expect_response("**/api/runs"):
-        page.clock.run_for(3_000)
+    page, asked = still(open_page, {"live": False})
     before = len(asked)
     page.clock.run_for(60_000)
     page.evaluate("fetch('mode.js')")  # behind whatever was asked before
